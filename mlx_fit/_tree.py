@@ -1,0 +1,91 @@
+"""Trees of arrays: nested dicts, lists and tuples, with paths for messages and in-place restoring.
+
+``mlx.utils`` maps and flattens; this adds what a trainer needs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)``, where everything that is not a dict, list or tuple is a leaf."""
+    if isinstance(tree, dict):
+        items: Any = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a tree with their dotted names, as MLX names parameters."""
+    return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
+
+
+def snapshot(tree: Any) -> Any:
+    """Copy the containers of ``tree``, keeping the very same leaves."""
+    if isinstance(tree, dict):
+        return {key: snapshot(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [snapshot(value) for value in tree]
+    return tree
+
+
+def restore(tree: Any, saved: Any) -> None:
+    """Put the leaves of ``saved`` (from :func:`snapshot`) back into the containers of ``tree``.
+
+    Works in place, so that whoever holds the tree (a compiled function, an optimizer) sees it.
+    """
+    if isinstance(tree, dict):
+        for key in [key for key in tree if key not in saved]:
+            dict.__delitem__(tree, key)
+        items: Any = saved.items()
+    else:
+        items = enumerate(saved)
+    for key, value in items:
+        present = tree.get(key) if isinstance(tree, dict) else tree[key]
+        if isinstance(present, (dict, list, tuple)) and isinstance(value, (dict, list)):
+            restore(present, value)
+        elif not isinstance(tree, tuple):
+            # Past Module.__setattr__: a Module is a dict, and the leaf is already one of its keys.
+            dict.__setitem__(tree, key, value) if isinstance(tree, dict) else tree.__setitem__(
+                key, value
+            )
+
+
+def select(condition: mx.array, tree: Any, saved: Any) -> None:
+    """Keep the leaves of ``tree`` where ``condition`` holds, else those of ``saved``, in place."""
+    keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    for key in keys:
+        value = tree[key]
+        if isinstance(value, (dict, list, tuple)):
+            select(condition, value, saved[key])
+        elif isinstance(value, mx.array) and value is not saved[key]:
+            chosen = mx.where(condition, value, saved[key])
+            dict.__setitem__(tree, key, chosen) if isinstance(tree, dict) else tree.__setitem__(
+                key, chosen
+            )
+
+
+class RandomState:
+    """MLX's global random key, kept as its two words: the key itself can be a tracer later.
+
+    Attributes:
+        words: the key's two 32-bit words; read from the current key unless given.
+    """
+
+    def __init__(self, words: Sequence[int] | None = None) -> None:
+        # Host synchronisation, but of the key alone, which is evaluated with every step.
+        self.words: list[int] = mx.random.state[0].tolist() if words is None else list(words)
+
+    def restore(self) -> None:
+        """Make this key MLX's current one again."""
+        mx.random.seed((self.words[0] << 32) | self.words[1])

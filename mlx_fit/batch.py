@@ -1,0 +1,114 @@
+"""What a batch is, and how it reaches the device.
+
+A batch is ``x``, ``(x, y)`` or ``(x, y, weights)``, as a tuple or a list, where each part is a tree
+(dict, list, tuple) of arrays with a common leading axis, the rows. A NamedTuple is a batch of its
+own kind, for objectives that know it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fit._tree import leaves
+from mlx_fit.errors import DataError
+
+
+class Parts(NamedTuple):
+    """A batch taken apart; ``None`` where it has no targets or no weights."""
+
+    x: Any
+    y: Any
+    weights: Any
+
+
+def unpack(batch: Any) -> Parts:
+    """Take a batch apart into inputs, targets and weights."""
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        if not 1 <= len(batch) <= 3:
+            raise DataError(
+                f"A batch has {len(batch)} parts; expected x, (x, y) or (x, y, weights). "
+                "Several inputs go into one part: ((x1, x2), y) or ({'a': x1, 'b': x2}, y)."
+            )
+        return Parts(*batch, *(None,) * (3 - len(batch)))
+    return Parts(batch, None, None)
+
+
+def to_mlx(batch: Any) -> Any:
+    """The batch with every array (NumPy, torch, anything with ``__array__``) as an MLX array.
+
+    float64 becomes float32; integers and bool stay.
+    """
+    kind = type(batch)
+    if kind is mx.array:
+        return batch
+    if kind is np.ndarray:
+        return _from_numpy(batch) if batch.dtype.kind in "OSUMmVcT" else mx.array(batch)
+    if kind is tuple or kind is list:
+        parts = []
+        for part in batch:  # plain arrays in line: most batches are (x, y), and calls are counted
+            if type(part) is np.ndarray and part.dtype.kind in "fiub":
+                parts.append(mx.array(part))
+            else:
+                parts.append(to_mlx(part))
+        return tuple(parts) if kind is tuple else parts
+    if isinstance(batch, dict):
+        return {key: to_mlx(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):  # a NamedTuple keeps its type
+        return kind(*[to_mlx(part) for part in batch])
+    return None if batch is None else _from_numpy(batch)
+
+
+def _from_numpy(leaf: Any) -> mx.array:
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "fiubc":
+        raise DataError(
+            f"A batch holds {type(leaf).__name__} data of dtype {array.dtype}, which is not "
+            "numeric. Leave the field out, or turn it into numbers, before it reaches the trainer."
+        )
+    return mx.array(array)
+
+
+def signature(batch: Any) -> Any:
+    """A hashable key of a batch's structure, shapes and dtypes: what a compiled step depends on."""
+    kind = type(batch)
+    if kind is mx.array:
+        return batch.shape, batch.dtype
+    if kind is tuple or kind is list:
+        parts: list[Any] = [kind]
+        for part in batch:
+            if type(part) is mx.array:
+                parts.append(part.shape)
+                parts.append(part.dtype)
+            else:
+                parts.append(signature(part))
+        return tuple(parts)
+    if isinstance(batch, dict):
+        return tuple([(key, signature(value)) for key, value in batch.items()])
+    if isinstance(batch, tuple):
+        return (kind, *[signature(part) for part in batch])
+    return batch
+
+
+def num_rows(batch: Any) -> int:
+    """Rows of a batch: the length of its first array's leading axis (1 for a scalar)."""
+    for _, leaf in leaves(batch):
+        shape = getattr(leaf, "shape", None)
+        if shape is not None:
+            return shape[0] if len(shape) else 1
+    raise DataError("A batch holds no array; expected x, (x, y) or (x, y, weights).")
+
+
+def describe(batch: Any) -> str:
+    """Names, shapes and dtypes of a batch in one line, for messages."""
+    x, y, weights = unpack(batch)
+    named = {"x": x} if y is None else {"x": x, "y": y}
+    if weights is not None:
+        named["weights"] = weights
+    return ", ".join(
+        f"{path}: {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('mlx.core.')}"
+        for path, leaf in leaves(named)
+        if hasattr(leaf, "shape")
+    )

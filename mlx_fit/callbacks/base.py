@@ -1,0 +1,150 @@
+"""The base of all callbacks, with Keras's hooks, and the list that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_fit.errors import ConfigurationError
+from mlx_fit.protocols import Run
+
+
+class Callback:
+    """Watches a run. Override the hooks you need; the others cost nothing.
+
+    ``logs`` is one mutable mapping per call, shared down the list of callbacks. After a batch
+    ``logs["loss"]`` is the running mean over the epoch and ``logs.batch["loss"]`` this batch's
+    value; both are read from the device only when touched.
+
+    Attributes:
+        trainer: the run, once it has started.
+        params: ``{"verbose", "epochs", "steps"}``.
+
+    Example:
+        >>> class Announce(Callback):
+        ...     def on_epoch_end(self, epoch, logs):
+        ...         print(f"epoch {epoch + 1}: {logs['loss']:.3f}")
+    """
+
+    trainer: Run
+    params: dict[str, Any]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+        return self.trainer.model
+
+    def on_train_begin(self, logs: Any) -> None:
+        """Called once when ``fit`` starts, before the first batch."""
+
+    def on_train_end(self, logs: Any) -> None:
+        """Called when ``fit`` ends normally, with the last epoch's logs."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any) -> None:
+        """Called before an epoch (0-based)."""
+
+    def on_epoch_end(self, epoch: int, logs: Any) -> None:
+        """Called after an epoch and its validation, with the values of both."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any) -> None:
+        """Called before a training batch (0-based within the epoch)."""
+
+    def on_train_batch_end(self, batch: int, logs: Any) -> None:
+        """Called after a training batch."""
+
+    def on_test_begin(self, logs: Any) -> None:
+        """Called before an evaluation, also before validation in ``fit``."""
+
+    def on_test_end(self, logs: Any) -> None:
+        """Called after an evaluation, with its values (without ``val_``)."""
+
+    def on_test_batch_begin(self, batch: int, logs: Any) -> None:
+        """Called before a batch of evaluation."""
+
+    def on_test_batch_end(self, batch: int, logs: Any) -> None:
+        """Called after a batch of evaluation."""
+
+    def on_predict_begin(self, logs: Any) -> None:
+        """Called before ``predict``."""
+
+    def on_predict_end(self, logs: Any) -> None:
+        """Called after ``predict``."""
+
+    def on_predict_batch_begin(self, batch: int, logs: Any) -> None:
+        """Called before a batch of prediction."""
+
+    def on_predict_batch_end(self, batch: int, logs: Any) -> None:
+        """Called after a batch of prediction; ``logs["outputs"]`` holds its outputs."""
+
+    def on_validation_end(self, logs: Any) -> None:
+        """Called after each validation in ``fit``, with ``val_`` values, before the epoch's end.
+
+        With ``validation_freq="500 steps"`` this happens inside epochs.
+        """
+
+    def on_exception(self, error: BaseException) -> None:
+        """Called when ``fit`` ends by an exception, which then goes on to the caller."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for this callback to go on: plain values and arrays."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+
+HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+class CallbackList:
+    """Callbacks in the order they are called.
+
+    Args:
+        callbacks: one callback, or (nested) lists of them.
+        run: what they watch.
+        params: what they get as ``params``.
+    """
+
+    def __init__(self, callbacks: Any, run: Run, params: dict[str, Any]) -> None:
+        self.callbacks = list(flatten(callbacks))
+        for callback in self.callbacks:
+            callback.trainer = run
+            callback.params = params
+        self._bound: dict[str, list[Callable[..., None]]] = {
+            hook: [
+                getattr(callback, hook) for callback in self.callbacks if _overrides(callback, hook)
+            ]
+            for hook in HOOKS
+        }
+
+    def bound(self, hook: str) -> list[Callable[..., None]]:
+        """The methods to call for a hook: only those that somebody wrote."""
+        return self._bound[hook]
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of every callback that has it."""
+        for method in self._bound[hook]:
+            method(*arguments)
+
+
+def flatten(callbacks: Any) -> Iterable[Callback]:
+    """One callback, or nested lists of callbacks, in order."""
+    if isinstance(callbacks, Callback):
+        yield callbacks
+    elif callbacks is None:
+        return
+    elif isinstance(callbacks, (list, tuple)):
+        for callback in callbacks:
+            yield from flatten(callback)
+    else:
+        raise ConfigurationError(
+            f"callbacks holds {callbacks!r}; expected Callback objects. A class needs (), and a "
+            "function goes into LambdaCallback(on_epoch_end=...)."
+        )
+
+
+def _overrides(callback: Callback, hook: str) -> bool:
+    method = getattr(callback, hook)
+    return getattr(method, "__func__", method) is not getattr(Callback, hook)

@@ -1,0 +1,187 @@
+"""Save weights while training."""
+
+from __future__ import annotations
+
+import string
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.monitor import Monitor
+from mlx_fit.errors import CheckpointWriteError, ConfigurationError, NonFiniteLossError
+
+
+class ModelCheckpoint(Callback):
+    """Saves the model's weights each epoch, every so many steps, or when they are the best so far.
+
+    Args:
+        filepath: a ``.safetensors`` path. May hold ``{epoch}`` and ``{batch}`` (both 1-based),
+            ``{step}``, and any key of the logs: ``"{epoch:02d}-{val_loss:.3f}.safetensors"``.
+        monitor: key in the logs, looked at with ``save_best_only``.
+        verbose: 1 prints a line per decision.
+        save_best_only: save only when the monitored value improves on the best so far, which
+            persists over fits.
+        save_weights_only: None or True: weights are what a ``.safetensors`` file holds.
+        mode: ``"min"``, ``"max"``, or ``"auto"``, the metric's own direction.
+        save_freq: ``"epoch"`` (also: each evaluation inside epochs), or every so many steps,
+            counted across epochs.
+        initial_value_threshold: the first value must beat this one.
+        keep: how many files to keep; the oldest goes once the newest is safe. None keeps all.
+
+    Attributes:
+        best: the best value so far, None before the first.
+        last_path: the file written last, None before the first.
+    """
+
+    def __init__(
+        self,
+        filepath: str | Path,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool | None = None,
+        mode: str = "auto",
+        save_freq: int | str = "epoch",
+        initial_value_threshold: float | None = None,
+        keep: int | None = None,
+    ) -> None:
+        self.filepath = str(filepath)
+        self.monitor = monitor
+        self.best = initial_value_threshold
+        self.last_path: Path | None = None
+        self._verbose = verbose
+        self._best_only = save_best_only
+        self._monitor = Monitor(monitor, mode, "ModelCheckpoint")
+        self._every = _checked_frequency(save_freq)
+        self._keep = keep
+        self._written: list[str] = []
+        self._step_saved = -1
+        _check_path(self.filepath, save_weights_only)
+        if keep is not None and (not isinstance(keep, int) or keep < 1):
+            raise ConfigurationError(
+                f"ModelCheckpoint(keep={keep!r}); expected an int >= 1 or None."
+            )
+        if self._every and save_best_only and monitor.startswith("val_"):
+            raise ConfigurationError(
+                f"ModelCheckpoint saves every {save_freq} steps, where {monitor!r} does not exist. "
+                "Use save_freq='epoch': with fit(validation_freq='500 steps') it acts on each "
+                "evaluation."
+            )
+
+    def on_train_begin(self, logs: Any) -> None:
+        """The monitored value has to appear again; the best stays."""
+        self._monitor.start()
+        self._step_saved = self.trainer.step
+
+    def on_train_batch_end(self, batch: int, logs: Any) -> None:
+        """Save if a step of ``save_freq`` has just ended."""
+        step = self.trainer.step
+        if not self._every or step % self._every or step == self._step_saved:
+            return
+        self._step_saved = step
+        facts = {"epoch": self.trainer.epoch + 1, "batch": batch + 1, "step": step}
+        value = float(logs[self.monitor]) if self._best_only and self.monitor in logs else None
+        self._consider(value, facts, logs)
+
+    def on_validation_end(self, logs: Any) -> None:
+        """Save after an evaluation inside an epoch."""
+        run = self.trainer
+        if self._every or not run.info.validates_inside_epochs:
+            return
+        value = self._monitor.after_validation(run, logs) if self._best_only else None
+        if value is not None or not self._best_only:
+            self._consider(value, {"epoch": run.epoch + 1, "step": run.step}, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any) -> None:
+        """Save after an epoch."""
+        if self._every:
+            return
+        value = self._monitor.at_epoch_end(self.trainer, logs) if self._best_only else None
+        if value is not None or not self._best_only:
+            self._consider(value, {"epoch": epoch + 1, "step": self.trainer.step}, logs)
+
+    def _consider(
+        self, value: float | None, facts: dict[str, Any], logs: Mapping[str, Any]
+    ) -> None:
+        path = _formatted(self.filepath, facts, logs)
+        prefix = f"Epoch {facts['epoch']}: "
+        if self._best_only:
+            if value is None or not self._monitor.improves(self.trainer, value, self.best):
+                if self._verbose:
+                    print(f"{prefix}{self.monitor} did not improve from {_short(self.best)}")
+                return
+            change = f"{self.monitor} improved from {_short(self.best)} to {_short(value)}, "
+        else:
+            change = ""
+        if self._verbose:
+            print(f"{prefix}{change}saving model to {path}")
+        self._save(path)
+        self.best = value if value is not None else self.best
+
+    def _save(self, path: Path) -> None:
+        if path.is_dir():
+            raise CheckpointWriteError(
+                f"{path} is a directory; the weights need a file name.", path=path
+            )
+        try:
+            self.trainer.save_weights(path)
+        except NonFiniteLossError as error:
+            if not self.trainer.stop_training:
+                raise
+            # TerminateOnNaN asked for a quiet end; the last good file stays.
+            warnings.warn(str(error), stacklevel=2)
+            return
+        self.last_path = path
+        self._written = [name for name in self._written if name != str(path)] + [str(path)]
+        while self._keep is not None and len(self._written) > self._keep:
+            Path(self._written.pop(0)).unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the files written."""
+        return {"best": self.best, "written": list(self._written)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on comparing with the best of the run so far."""
+        self.best, self._written = state["best"], list(state["written"])
+
+
+def _checked_frequency(save_freq: int | str) -> int | None:
+    if save_freq == "epoch":
+        return None
+    if isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0:
+        return save_freq
+    raise ConfigurationError(
+        f"ModelCheckpoint(save_freq={save_freq!r}); expected 'epoch' or a positive number of steps."
+    )
+
+
+def _check_path(filepath: str, save_weights_only: bool | None) -> None:
+    if not filepath.endswith(".safetensors"):
+        raise ConfigurationError(
+            f"ModelCheckpoint({filepath!r}) cannot tell what to write; expected a path that ends "
+            "with .safetensors, for weights."
+        )
+    if save_weights_only is False:
+        raise ConfigurationError(
+            f"ModelCheckpoint({filepath!r}, save_weights_only=False): a .safetensors file holds "
+            "weights only. Leave the argument out."
+        )
+
+
+def _formatted(template: str, facts: dict[str, Any], logs: Mapping[str, Any]) -> Path:
+    """The path with its fields filled in; only those that it names are read from the logs."""
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    unknown = sorted(name for name in fields if name not in facts and name not in logs)
+    if unknown:
+        raise ConfigurationError(
+            f"ModelCheckpoint's path {template!r} names {', '.join(unknown)}; available here: "
+            f"{', '.join([*facts, *logs])}."
+        )
+    known = {name: facts[name] if name in facts else logs[name] for name in fields}
+    return Path(template.format(**known))
+
+
+def _short(value: float | None) -> str:
+    return "None" if value is None else f"{value:.5f}"

@@ -1,0 +1,44 @@
+"""The ``mlx-fit`` command: one module per verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mlx_fit._version import __version__
+from mlx_fit.cli import demo, doctor
+from mlx_fit.errors import MlxFitError, Preempted
+
+VERBS = {"demo": demo, "doctor": doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 is success, 1 a failed run (one readable line; the traceback with ``--debug``), 2 wrong usage,
+    143 a run ended by SIGTERM.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return VERBS[arguments.verb].run(arguments)
+    except Preempted as error:
+        print(f"mlx-fit: {error}", file=sys.stderr)
+        return 143
+    except (MlxFitError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"mlx-fit {arguments.verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx-fit", description="Training for MLX.")
+    parser.add_argument("--version", action="version", version=f"mlx-fit {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    for name, module in VERBS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.add_arguments(verb)
+    return parser

@@ -1,0 +1,239 @@
+"""What `fit`, `evaluate` and `predict` accept, as batches.
+
+Imports layer 2: data.arrays, data.dataset, data.loader.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from mlx_fit.data.arrays import is_array, is_scalar
+from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
+from mlx_fit.data.loader import DataLoader
+from mlx_fit.errors import ConfigurationError, DataError
+
+__all__ = [
+    "BatchSource",
+    "FunctionSource",
+    "IteratorSource",
+    "RowSource",
+    "Source",
+    "as_source",
+    "split_rows",
+]
+
+_ACCEPTED = (
+    "Accepted are: a tuple (x, y) or (x, y, weights) of arrays, or x alone; a list of batches; a "
+    "dataset with __len__ and __getitem__; a DataLoader or any other iterable of batches; or a "
+    "function without arguments that returns one."
+)
+
+
+class Source(ABC):
+    """Data that gives batches, pass after pass.
+
+    Attributes:
+        name: what the user calls it, for messages.
+        num_batches: batches of one pass; None if unknown.
+        num_rows: rows of one pass; None if unknown.
+        one_shot: it is an iterator: a second pass goes on where the first one stopped.
+    """
+
+    name: str
+    num_batches: int | None
+    num_rows: int | None
+    one_shot: bool
+
+    @abstractmethod
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """One pass over the data. ``epoch`` decides the order of rows that are shuffled here."""
+
+
+class RowSource(Source):
+    """Arrays, or a dataset of rows, batched here."""
+
+    def __init__(
+        self, dataset: Any, *, batch_size: int, shuffle: bool, seed: int | None, name: str
+    ) -> None:
+        self.name = name
+        self._loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        self.num_rows = len(self._loader.dataset)
+        self.num_batches = len(self._loader)
+        self.one_shot = False
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        self._loader.set_epoch(epoch)
+        return iter(self._loader)
+
+
+class BatchSource(Source):
+    """An iterable of batches: a list, a DataLoader (ours counts its epochs itself), and so on."""
+
+    def __init__(self, iterable: Iterable[Any], *, name: str) -> None:
+        self.name = name
+        self._iterable = iterable
+        self.num_batches = _length(iterable)
+        self.num_rows = None
+        self.one_shot = False
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        return iter(self._iterable)
+
+
+class IteratorSource(Source):
+    """An iterator of batches, which nobody can start again."""
+
+    def __init__(self, iterator: Iterator[Any], *, name: str) -> None:
+        self.name = name
+        self._iterator = iterator
+        self.num_batches = None
+        self.num_rows = None
+        self.one_shot = True
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        return self._iterator
+
+
+class FunctionSource(Source):
+    """A function that returns the batches of a pass, called for each."""
+
+    def __init__(self, function: Callable[[], Iterable[Any]], *, name: str) -> None:
+        self.name = name
+        self._function = function
+        self.num_batches = None
+        self.num_rows = None
+        self.one_shot = False
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        result = self._function()
+        # Iterating over a tuple or a dict of arrays would take each array for a batch.
+        if isinstance(result, tuple | dict | str) or not hasattr(result, "__iter__"):
+            raise DataError(
+                f"{self.name}: the function returned a {type(result).__name__}; it must return an "
+                "iterator or another iterable of batches."
+            )
+        return iter(result)
+
+
+def as_source(
+    data: Any, *, batch_size: int, shuffle: bool, seed: int | None, name: str = "train"
+) -> Source:
+    """The :class:`Source` for what a user passed as data.
+
+    - A tuple is ``(x,)``, ``(x, y)`` or ``(x, y, weights)``, each an array (NumPy, MLX, anything
+      with ``__array__``) or a dict, list or tuple of arrays; an array or a dict of arrays alone
+      is ``x``. These are batched here.
+    - A list is a list of batches.
+    - Anything else with ``__len__`` and ``__getitem__`` is a dataset of rows, batched here.
+    - A :class:`DataLoader`, PyTorch's, or any other iterable gives batches, each pass anew; an
+      iterator gives them once.
+    - A function without arguments is called for each pass and returns one of the last.
+
+    Batches that come from outside pass as they are, in their order: ``batch_size``, ``shuffle`` and
+    ``seed`` are for data batched here.
+
+    Args:
+        data: see above.
+        batch_size: rows per batch.
+        shuffle: visit rows in the order that ``seed`` and the epoch give, instead of their own.
+        seed: None draws one.
+        name: what to call the data in messages.
+
+    Raises:
+        DataError: there is no data, or it is none of the above.
+    """
+    source: Source
+    rows = _rows(data, name)
+    if rows is not None:
+        source = RowSource(rows, batch_size=batch_size, shuffle=shuffle, seed=seed, name=name)
+    elif hasattr(data, "__next__"):
+        source = IteratorSource(data, name=name)
+    elif hasattr(data, "__iter__"):
+        source = BatchSource(data, name=name)
+    elif callable(data):
+        source = FunctionSource(data, name=name)
+    else:
+        raise _refused(data, name)
+    if source.num_batches == 0:
+        raise DataError(f"{name} is empty: {_describe(data)} without a single row or batch.")
+    return source
+
+
+def split_rows(
+    data: Any, fraction: float, name: str = "validation_split"
+) -> tuple[ArrayDataset | Subset, ArrayDataset | Subset]:
+    """The first rows for training and the last ``fraction`` of them for validation.
+
+    Args:
+        data: arrays or a dataset, as for :func:`as_source`.
+        fraction: between 0 and 1. Training gets ``floor(rows * (1 - fraction))`` rows, computed
+            with the fraction that was written: of 10 rows and 0.3 it gets 7.
+        name: the argument to name in messages.
+
+    Returns:
+        Datasets for training and for validation, over the same memory.
+
+    Raises:
+        ConfigurationError: ``fraction`` is not between 0 and 1.
+        DataError: ``data`` is no arrays or dataset, or a part would be empty.
+    """
+    if not (isinstance(fraction, int | float) and 0 < fraction < 1):
+        raise ConfigurationError(f"{name}={fraction!r}; expected a number between 0 and 1.")
+    rows = _rows(data, name)
+    if rows is None:
+        raise DataError(
+            f"{name} takes rows away from arrays or a dataset, but the data is {_describe(data)}, "
+            "which gives batches. Pass the validation data as val instead."
+        )
+    num_rows = len(rows)
+    num_train = math.floor(num_rows * (1 - exact_fraction(fraction)))
+    if not 0 < num_train < num_rows:
+        raise DataError(
+            f"{name}={fraction!r} of {num_rows} rows leaves {num_train} for training and "
+            f"{num_rows - num_train} for validation; both need one."
+        )
+    if isinstance(rows, ArrayDataset):
+        return rows.part(0, num_train), rows.part(num_train, num_rows)
+    return Subset(rows, range(num_train)), Subset(rows, range(num_train, num_rows))
+
+
+def _rows(data: Any, name: str) -> Any | None:
+    """``data`` as a dataset of rows, or None where it gives batches."""
+    if data is None or is_scalar(data) or isinstance(data, type):
+        raise _refused(data, name)
+    if isinstance(data, list):
+        return None
+    if type(data) is tuple:
+        if not 1 <= len(data) <= 3:
+            raise DataError(
+                f"{name} is a tuple of {len(data)}; expected arrays (x, y) or (x, y, weights). For "
+                "batches use a list.",
+                field=name,
+            )
+        data = data[0] if len(data) == 1 else data
+    if isinstance(data, tuple | dict) or is_array(data):
+        try:
+            return rows_of(data)
+        except DataError as error:
+            raise DataError(f"{name}: {error}", field=error.field) from error
+    return data if is_dataset(data) else None
+
+
+def _refused(data: Any, name: str) -> DataError:
+    return DataError(f"{name} is {_describe(data)}. {_ACCEPTED}", field=name)
+
+
+def _length(iterable: Any) -> int | None:
+    try:
+        return len(iterable)
+    except TypeError:
+        # No __len__; or a loader over an iterable data set, which has the method but no length.
+        return None
+
+
+def _describe(value: Any) -> str:
+    plain = value is None or is_scalar(value) or isinstance(value, type)
+    return repr(value) if plain else f"a {type(value).__name__}"

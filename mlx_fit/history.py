@@ -1,0 +1,104 @@
+"""The history of a fit: its curves, and what was evaluated when."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_fit.errors import ConfigurationError
+
+
+class History:
+    """What ``fit`` returns.
+
+    Attributes:
+        history: key -> a value per epoch (validation keys: per epoch that was validated).
+        epoch: the epochs that ran, 0-based.
+        params: ``{"verbose", "epochs", "steps"}``, as Keras has them.
+        evaluations: every evaluation during the fit, ``{"step", "epoch", "val_loss", ...}``.
+        steps: rows every ``log_every`` steps, ``{"step", "epoch", "loss", ...}``, each the mean
+            over the steps since the row before.
+        stopped_by: why training ended early (``"SIGINT"``, a callback's name, ...), or None.
+    """
+
+    def __init__(self, params: dict[str, Any], direction: Callable[[str], bool | None]) -> None:
+        self.history: dict[str, list[Any]] = {}
+        self.epoch: list[int] = []
+        self.params = params
+        self.evaluations: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.stopped_by: str | None = None
+        self._direction = direction
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, epoch: int, logs: dict[str, Any]) -> None:
+        """Add the row of an epoch."""
+        self.epoch.append(epoch)
+        self._rows.append({"epoch": epoch, **logs})
+        for key, value in logs.items():
+            self.history.setdefault(key, []).append(value)
+
+    def best(self, key: str, mode: str = "auto") -> tuple[int, float]:
+        """The epoch (0-based) with the best value of ``key``, and the value.
+
+        Args:
+            key: for example ``"val_loss"``.
+            mode: ``"min"``, ``"max"``, or ``"auto"``, which asks the metric.
+
+        Raises:
+            ConfigurationError: the key does not exist, or nobody declared its direction.
+        """
+        if key not in self.history:
+            raise ConfigurationError(
+                f"The history has no {key!r}; it has {', '.join(self.history) or 'nothing'}."
+            )
+        if mode not in ("auto", "min", "max"):
+            raise ConfigurationError(f"mode={mode!r}; expected 'auto', 'min' or 'max'.")
+        higher = self._direction(key) if mode == "auto" else mode == "max"
+        if higher is None:
+            raise ConfigurationError(f"Nobody declared the direction of {key!r}; give mode=.")
+        sign = -1.0 if higher else 1.0
+        rows = [(row["epoch"], row[key]) for row in self._rows if key in row]
+
+        def badness(row: tuple[int, float]) -> float:
+            return math.inf if math.isnan(row[1]) else sign * row[1]
+
+        return min(rows, key=badness)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line per epoch; a value that an epoch does not have is empty."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["epoch", *self.history], restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+    def plot(self, keys: list[str] | None = None) -> Any:
+        """Curves by epoch, training and validation overlaid, as a matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError("History.plot needs matplotlib: pip install matplotlib.") from error
+        names = keys or [key for key in self.history if not key.startswith("val_")]
+        figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            for key in (name, f"val_{name}"):
+                points = [(row["epoch"] + 1, row[key]) for row in self._rows if key in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=key)
+            axis.set_xlabel("epoch")
+            axis.legend()
+        figure.tight_layout()
+        return figure
+
+    def __repr__(self) -> str:
+        last = {key: values[-1] for key, values in self.history.items()}
+        return f"History({len(self.epoch)} epochs, last {last})"

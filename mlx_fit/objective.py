@@ -1,0 +1,459 @@
+"""Objectives: (model, batch) -> what to minimise and what to count.
+
+An objective hands the step a :class:`Terms`: the mean loss of this (micro-)batch, which is
+differentiated, the weight of that mean, and the additive states of the metrics. Means of different
+batches, micro-batches and ranks are combined by their weights and divided once, so any way of
+cutting the data gives the same numbers.
+
+May import: ``losses``, ``metrics`` (layer 1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_fit import losses, metrics
+from mlx_fit._tree import leaves
+from mlx_fit.batch import num_rows, unpack
+from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.logs import Compute, divide
+from mlx_fit.losses import Loss
+from mlx_fit.metrics import Metric
+
+State = dict[str, mx.array]
+
+
+class Sums(NamedTuple):
+    """What an objective may return: sums, so that any split of the data adds up.
+
+    Attributes:
+        loss: sum of the (weighted) losses, a scalar; its gradient is divided by ``weight``.
+        weight: sum of the weights: rows, or target tokens, ...
+        metrics: name -> (sum, weight), each divided when it is read.
+    """
+
+    loss: mx.array
+    weight: mx.array | float
+    metrics: Mapping[str, tuple[mx.array, mx.array | float]] = {}
+
+
+@dataclass
+class Terms:
+    """What the step needs of one (micro-)batch.
+
+    Attributes:
+        mean: the mean loss, a float32 scalar: what is differentiated.
+        weight: what ``mean`` weighs. A Python number where shapes alone decide it.
+        states: key -> additive state of everything that is logged.
+        rows: key -> state of metrics that need every row.
+        computes: key -> how its value is computed from its state on the host.
+    """
+
+    mean: mx.array
+    weight: mx.array | float
+    states: dict[str, State] = field(default_factory=dict)
+    rows: dict[str, State] = field(default_factory=dict)
+    computes: dict[str, Compute] = field(default_factory=dict)
+
+    def count(self, key: str, mean: mx.array, weight: mx.array | float) -> None:
+        """Log ``mean`` under ``key``, weighing ``weight``."""
+        mean = mean.astype(mx.float32)
+        if isinstance(weight, mx.array):
+            # A mean over nothing is 0 / 0 for a user's own function; its weight 0 must win.
+            mean = mx.where(weight > 0, mean, 0.0)
+        self.states[key] = {"sum": mean * weight, "weight": mx.array(weight, mx.float32)}
+        self.computes[key] = divide
+
+
+class Objective(ABC):
+    """What a trainer minimises."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Any) -> Terms:
+        """The terms of one batch. Runs while the step is traced: no values, only shapes."""
+
+    @abstractmethod
+    def host_weight(self, batch: Any) -> float | None:
+        """Check a batch that is still on the host, and say what it weighs.
+
+        Returns None where only the device knows.
+
+        Raises:
+            DataError: a class label is out of range, which MLX itself would not notice.
+        """
+
+    @property
+    @abstractmethod
+    def directions(self) -> dict[str, bool | None]:
+        """Key -> whether higher is better, None where nobody declared it."""
+
+
+class FunctionObjective(Objective):
+    """``f(model, batch)`` returning a scalar, ``(scalar, {name: scalar})`` or :class:`Sums`.
+
+    A scalar weighs the batch's number of rows.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self._function = function
+        self._names: set[str] = set()
+        self._counts_on_device = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> Terms:
+        result = self._function(model, batch)
+        if isinstance(result, Sums):
+            return self._from_sums(result)
+        loss, named = result if isinstance(result, tuple) else (result, {})
+        _require_scalar("The objective's loss", loss)
+        weight = num_rows(batch)
+        terms = Terms(loss.astype(mx.float32), weight)
+        terms.count("loss", loss, weight)
+        for name, value in named.items():
+            value = mx.array(value)
+            _require_scalar(f"The objective's {name!r}", value)
+            terms.count(name, value, weight)
+        self._names.update(named)
+        return terms
+
+    def _from_sums(self, sums: Sums) -> Terms:
+        self._counts_on_device = isinstance(sums.weight, mx.array)
+        _require_scalar("Sums.loss", sums.loss)
+        mean = sums.loss.astype(mx.float32) * _reciprocal(sums.weight)
+        terms = Terms(mean, sums.weight)
+        terms.states["loss"] = _pair(sums.loss, sums.weight)
+        terms.computes["loss"] = divide
+        for name, (value, weight) in sums.metrics.items():
+            terms.states[name] = _pair(value, weight)
+            terms.computes[name] = divide
+        self._names.update(sums.metrics)
+        return terms
+
+    def host_weight(self, batch: Any) -> float | None:
+        """Rows, unless the function returned :class:`Sums` weighed on the device."""
+        return None if self._counts_on_device else 1.0
+
+    @property
+    def directions(self) -> dict[str, bool | None]:
+        """``loss`` is better lower; a function's own values have no direction."""
+        return dict.fromkeys(self._names) | {"loss": False}
+
+
+class Supervised(Objective):
+    """Loss and metrics of ``model(x)`` against ``y``.
+
+    Args:
+        loss: a name, a :class:`~mlx_fit.losses.Loss`, ``f(outputs, targets)``, or a dict of these
+            by output name for a model that returns a dict.
+        loss_weights: output name -> factor of its loss in the total (default 1).
+        metrics: names, metrics or functions; for several outputs a list (computed for each) or a
+            dict by output name. Keys are then ``<output>_<metric>``.
+
+    With several outputs each loss is averaged over its own targets, as PyTorch does, and the total
+    weighs the rows.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        loss_weights: Mapping[str, float] | None = None,
+        metrics: Any = (),
+    ) -> None:
+        self._named = isinstance(loss, Mapping)
+        if self._named and not loss:
+            raise ConfigurationError("loss={} names no output; give at least one.")
+        self._losses = _by_output(loss, losses.get)
+        self._metrics = _metrics_by_output(metrics, list(self._losses), self._named)
+        self._loss_weights = dict(loss_weights or {})
+        if unknown := set(self._loss_weights) - (set(self._losses) if self._named else set()):
+            raise ConfigurationError(
+                f"loss_weights names {sorted(unknown)}, but the loss has "
+                f"{sorted(self._losses) if self._named else 'one unnamed output'}."
+            )
+        self._num_classes: dict[str, int] = {}
+
+    # --- on the device, while tracing ------------------------------------------------------------
+
+    def __call__(self, model: nn.Module, batch: Any) -> Terms:
+        x, y, weights = unpack(batch)
+        if y is None:
+            raise DataError(
+                "The batch has no targets, which the loss needs; expected (x, y) or "
+                "(x, y, weights). For batches of another form pass objective= instead of loss=."
+            )
+        outputs = float32(forward(model, x))
+        rows = num_rows(batch)
+        terms = Terms(mx.array(0.0), rows)
+        parts: dict[str, tuple[mx.array, mx.array | float]] = {}
+        counted: list[tuple[str, Any, mx.array, mx.array]] = []
+        for name, loss in self._losses.items():
+            output, target = _pick(outputs, name, "outputs"), _pick(y, name, "targets")
+            weight = weights[name] if isinstance(weights, dict) else weights
+            mask = loss.mask(target, output)
+            if mask is not None:
+                self._num_classes[name] = output.shape[-1]
+            parts[name] = mean_loss(loss(output, target), weight, mask, rows)
+            clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
+            counted.append((name, output, clean, metric_weights(weight, mask, rows)))
+        self._add_losses(terms, parts, weights, rows)
+        for name, output, target, weight in counted:
+            for metric in self._metrics[name]:
+                key = f"{name}_{metric.name}" if self._named else metric.name
+                self._add_metric(terms, key, metric, output, target, weight)
+        return terms
+
+    def _add_losses(
+        self,
+        terms: Terms,
+        parts: Mapping[str, tuple[mx.array, mx.array | float]],
+        weights: Any,
+        rows: int,
+    ) -> None:
+        if not self._named:
+            terms.mean, terms.weight = parts[""]
+        else:
+            means = [self._loss_weights.get(name, 1.0) * mean for name, (mean, _) in parts.items()]
+            terms.mean = sum(means[1:], means[0])
+            shared = None if isinstance(weights, dict) else weights
+            terms.weight = rows if shared is None else shared.astype(mx.float32).sum()
+        terms.count("loss", terms.mean, terms.weight)
+        if len(parts) > 1:
+            for name, (mean, weight) in parts.items():
+                terms.count(f"{name}_loss", mean, weight)
+
+    @staticmethod
+    def _add_metric(
+        terms: Terms, key: str, metric: Metric, output: Any, target: mx.array, weight: mx.array
+    ) -> None:
+        if key in terms.computes:
+            raise ConfigurationError(f"Two metrics are called {key!r}; rename one with name=.")
+        state = metric.update(output, target, weight)
+        (terms.rows if metric.collects else terms.states)[key] = state
+        terms.computes[key] = metric.compute
+
+    # --- on the host ------------------------------------------------------------------------------
+
+    def host_weight(self, batch: Any) -> float | None:
+        """Check class labels, and sum the weights of the targets that count."""
+        _, y, weights = unpack(batch)
+        if self._named:
+            return self._named_weight(y, weights)
+        loss = self._losses[""]
+        num_counted: float | None = None
+        if loss.ignore_index is not None and loss.is_labels(y):
+            if type(y) is not np.ndarray:
+                return None
+            num_counted = loss.check(y, self._num_classes.get(""))
+            if num_counted < y.size and weights is not None:
+                # Some rows are ignored: their weights must not count.
+                if type(weights) is not np.ndarray:
+                    return None
+                mask = (y != loss.ignore_index).reshape(*weights.shape, -1).any(-1)
+                return float((weights * mask).sum())
+        if weights is None:
+            return 1.0 if num_counted is None else num_counted
+        return float(weights.sum()) if type(weights) is np.ndarray else None
+
+    def _named_weight(self, y: Any, weights: Any) -> float | None:
+        for name, loss in self._losses.items():
+            target = y[name] if isinstance(y, dict) else None
+            if loss.ignore_index is not None and type(target) is np.ndarray:
+                loss.check(target, self._num_classes.get(name))
+        if weights is None or isinstance(weights, dict):
+            return 1.0
+        return float(weights.sum()) if type(weights) is np.ndarray else None
+
+    @property
+    def directions(self) -> dict[str, bool | None]:
+        """Losses are better lower; metrics say it themselves."""
+        found: dict[str, bool | None] = {"loss": False}
+        for name in self._losses:
+            if self._named:
+                found[f"{name}_loss"] = False
+            for metric in self._metrics[name]:
+                key = f"{name}_{metric.name}" if self._named else metric.name
+                found[key] = metric.higher_is_better
+        return found
+
+
+def as_objective(loss: Any, metric_specs: Any, objective: Any) -> Objective | None:
+    """The objective of a trainer's ``loss``, ``metrics`` and ``objective`` arguments, or None."""
+    if objective is None:
+        if loss is None:
+            if metric_specs:
+                raise ConfigurationError("metrics= needs a loss=: without one nothing compares.")
+            return None
+        return Supervised(loss, metrics=metric_specs)
+    if loss is not None:
+        raise ConfigurationError("Give either loss= or objective=, not both.")
+    if metric_specs:
+        raise ConfigurationError(
+            "metrics= goes with loss=. An objective returns its own: (loss, {name: value}), or "
+            "Supervised(loss, metrics=[...])."
+        )
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise ConfigurationError(
+            f"objective={objective!r} is not callable; expected f(model, batch) -> scalar."
+        )
+    return FunctionObjective(objective)
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """``model(**x)`` for a dict of inputs, else ``model(x)``."""
+    return model(**x) if isinstance(x, dict) else model(x)
+
+
+def float32(outputs: Any) -> Any:
+    """Floating-point outputs as float32, so that losses and metrics are computed in it."""
+    if isinstance(outputs, mx.array):
+        return outputs.astype(mx.float32) if outputs.dtype in HALF else outputs
+    if isinstance(outputs, dict):
+        return {key: float32(value) for key, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return [float32(value) for value in outputs]
+    return outputs
+
+
+HALF = (mx.float16, mx.bfloat16)
+
+
+def mean_loss(
+    loss: mx.array, weights: mx.array | None, mask: mx.array | None, rows: int
+) -> tuple[mx.array, mx.array | float]:
+    """The mean of per-example losses, and what it weighs.
+
+    Args:
+        loss: shape ``(batch, ...)``, or a scalar mean.
+        weights: shape ``(batch,)`` or with more of the loss's axes; None: all weigh 1.
+        mask: 0 where a target is ignored, the shape of ``loss``; None: all count.
+        rows: rows of the batch.
+
+    Without weights the mean is that of ``mx.mean``, to the bit: ``mx.mean`` multiplies the sum by
+    the float32 reciprocal of the count, and so does the masked form here.
+    """
+    if loss.ndim == 0:
+        if weights is not None:
+            raise ConfigurationError(
+                "The loss returned one scalar for the whole batch, so sample weights or "
+                "class_weight cannot act on its rows. Return per-example losses of shape (batch,)."
+            )
+        return loss, rows
+    if loss.shape[0] != rows:
+        raise DataError(
+            f"The loss has shape {tuple(loss.shape)} for a batch of {rows} rows; expected "
+            f"({rows}, ...), or a scalar mean."
+        )
+    if weights is None and mask is None:
+        return _mean_beyond(loss, 1).mean(), rows
+    weights = _element_weights(loss, weights, mask)
+    weighted = _mean_beyond(loss, weights.ndim) * weights
+    total = _sum(weights)
+    return _sum(weighted) * _reciprocal(total), total
+
+
+def metric_weights(weights: mx.array | None, mask: mx.array | None, rows: int) -> mx.array:
+    """The weights that metrics see: ones where the user gave none, 0 where a target is ignored."""
+    if mask is None:
+        return mx.ones((rows,)) if weights is None else _drop_unit_axes(weights, rows)
+    return _element_weights(mask, weights, mask)
+
+
+def _element_weights(values: mx.array, weights: mx.array | None, mask: mx.array | None) -> mx.array:
+    if weights is None:
+        assert mask is not None
+        return mask
+    weights = _drop_unit_axes(weights, values.shape[0])
+    if tuple(weights.shape) != tuple(values.shape[: weights.ndim]):
+        raise DataError(
+            f"weights have shape {tuple(weights.shape)}, losses {tuple(values.shape)}; expected "
+            f"one weight a row, shape ({values.shape[0]},), or the leading axes of the losses.",
+            field="weights",
+        )
+    if mask is None:
+        return weights
+    return weights.reshape(*weights.shape, *(1,) * (mask.ndim - weights.ndim)) * mask
+
+
+def _drop_unit_axes(weights: mx.array, rows: int) -> mx.array:
+    weights = weights.astype(mx.float32)
+    return weights.reshape(rows) if weights.size == rows and weights.ndim > 1 else weights
+
+
+def _mean_beyond(values: mx.array, num_axes: int) -> mx.array:
+    return values.mean(tuple(range(num_axes, values.ndim))) if values.ndim > num_axes else values
+
+
+def _sum(values: mx.array) -> mx.array:
+    # Rows first: MLX's CPU sums are naive, and long ones lose digits.
+    return values.sum(-1).sum() if values.ndim > 1 else values.sum()
+
+
+def _reciprocal(weight: mx.array | float) -> mx.array | float:
+    if isinstance(weight, mx.array):
+        weight = weight.astype(mx.float32)
+        return 1.0 / mx.where(weight > 0, weight, 1.0)
+    return 1.0 / weight if weight > 0 else 0.0
+
+
+def _pair(total: mx.array, weight: mx.array | float) -> State:
+    return {"sum": mx.array(total, mx.float32), "weight": mx.array(weight, mx.float32)}
+
+
+def _require_scalar(what: str, value: Any) -> None:
+    if not isinstance(value, mx.array) or value.size != 1:
+        found = tuple(value.shape) if isinstance(value, mx.array) else type(value).__name__
+        raise ConfigurationError(
+            f"{what} is {found}; expected a scalar mx.array: a mean, or Sums(loss, weight)."
+        )
+
+
+def _by_output(spec: Any, get: Callable[[Any], Loss]) -> dict[str, Loss]:
+    if isinstance(spec, Mapping):
+        return {str(name): get(value) for name, value in spec.items()}
+    return {"": get(spec)}
+
+
+def _metrics_by_output(specs: Any, names: list[str], named: bool) -> dict[str, list[Metric]]:
+    if isinstance(specs, Mapping):
+        if not named:
+            raise ConfigurationError(
+                f"metrics is a dict for the outputs {sorted(specs)}, but the loss is for one "
+                "output; give the loss as a dict too, or metrics as a list."
+            )
+        if unknown := set(specs) - set(names):
+            raise ConfigurationError(
+                f"metrics names the outputs {sorted(unknown)}; the loss has {sorted(names)}."
+            )
+        return {name: _metric_list(specs.get(name, ())) for name in names}
+    return {name: _metric_list(specs) for name in names}
+
+
+def _metric_list(specs: Any) -> list[Metric]:
+    if isinstance(specs, (str, Metric)) or not isinstance(specs, Sequence):
+        specs = [specs]
+    return [metrics.get(spec) for spec in specs]
+
+
+def _pick(tree: Any, name: str, what: str) -> Any:
+    if name == "":
+        if isinstance(tree, mx.array):
+            return tree
+        paths = [path for path, _ in leaves(tree)]
+        raise ConfigurationError(
+            f"The model's {what} are {paths}, several arrays, but the loss is for one. Give "
+            "loss={name: ...} for a dict, a loss function inside objective= otherwise."
+            if what == "outputs"
+            else f"The {what} are {paths}; expected one array, or loss={{name: ...}}."
+        )
+    if not isinstance(tree, dict) or name not in tree:
+        have = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        raise ConfigurationError(f"The loss names the output {name!r}; the {what} have {have}.")
+    return tree[name]

@@ -1,0 +1,79 @@
+"""What layers know of each other: a callback sees a run through :class:`Run`, not a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run when it starts.
+
+    Attributes:
+        kind: ``"fit"``, ``"evaluate"`` or ``"predict"``.
+        epochs, initial_epoch: as given to ``fit``.
+        steps_per_epoch: training batches of an epoch, None while unknown.
+        validation_sets: names of the validation sets; ``("",)`` for a single one, ``()`` for none.
+        validates_inside_epochs: whether validation runs every so many steps.
+        batch_size: rows of a global batch.
+        rows_per_step: rows of an update: the batches of its window together.
+        verbose: 0, 1 or 2.
+        arguments: the trainer's and the run's arguments, as plain values, for records.
+    """
+
+    kind: str = "fit"
+    epochs: int = 1
+    initial_epoch: int = 0
+    steps_per_epoch: int | None = None
+    validation_sets: tuple[str, ...] = ()
+    validates_inside_epochs: bool = False
+    batch_size: int = 0
+    rows_per_step: int = 0
+    verbose: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation data was given."""
+        return bool(self.validation_sets)
+
+
+class Run(Protocol):
+    """The run that a callback watches."""
+
+    model: nn.Module
+    optimizer: Any
+    epoch: int
+    stop_training: bool
+    quiet_on_nonfinite: bool
+    info: RunInfo
+
+    @property
+    def step(self) -> int:
+        """Windows of batches taken so far, over all fits."""
+
+    @property
+    def history(self) -> Any:
+        """The history of the run so far."""
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate of the newest update. Reads the device."""
+
+    def direction(self, key: str) -> bool | None:
+        """Whether a higher value of a logged key is better; None where nobody declared it."""
+
+    def stop_on_nonfinite(self) -> None:
+        """End training quietly, instead of raising, when the loss becomes non-finite."""
+
+    def request_stop(self, reason: str) -> None:
+        """End training after the current batch's update."""
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the model's weights to a ``.safetensors`` file."""

@@ -1,0 +1,170 @@
+"""How much memory MLX holds, and how much it may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_fit.errors import ConfigurationError
+
+_UNITS = {
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGTP", 1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGTP", 1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?I?B)\s*", re.IGNORECASE)
+
+
+def active_bytes() -> int:
+    """Bytes in live arrays."""
+    return mx.get_active_memory()
+
+
+def cache_bytes() -> int:
+    """Bytes that MLX keeps for its next allocations."""
+    return mx.get_cache_memory()
+
+
+def peak_bytes() -> int:
+    """The highest :func:`active_bytes` since the start, or since :func:`reset_peak`."""
+    return mx.get_peak_memory()
+
+
+def reset_peak() -> None:
+    """Let :func:`peak_bytes` begin anew."""
+    mx.reset_peak_memory()
+
+
+def limit_bytes() -> int:
+    """The most bytes that MLX can safely hold on the default device.
+
+    The smallest of MLX's own limit (``mx.set_memory_limit``), what the device has, and for a CPU on
+    Linux what the machine and the control groups of this process (container, batch job) have left
+    beyond what MLX holds already. On CPU, an allocation that fails ends the process without an
+    exception.
+    """
+    held = active_bytes() + cache_bytes()
+    limits = [mx.get_memory_limit()]
+    if mx.default_device().type != mx.DeviceType.cpu:
+        facts = mx.device_info()
+        # Metal tells the first, CUDA the others; free memory excludes what MLX itself holds.
+        for key, mine in (
+            ("max_recommended_working_set_size", 0),
+            ("total_memory", 0),
+            ("free_memory", held),
+        ):
+            if key in facts:
+                limits.append(int(facts[key]) + mine)
+    elif sys.platform.startswith("linux"):
+        limits += [held + left for left in _left_on_linux()]
+    return min(limits)
+
+
+def process_rss_bytes() -> int:
+    """Resident memory of this process: MLX's arrays on CPU, Python objects, libraries."""
+    if sys.platform.startswith("linux"):
+        num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return num_pages * os.sysconf("SC_PAGE_SIZE")
+    kibibytes = subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])
+    return int(kibibytes) * 1024
+
+
+def format_bytes(num_bytes: int) -> str:
+    """A size as people read it, in powers of 1024.
+
+    >>> format_bytes(1_610_612_736), format_bytes(812)
+    ('1.5 GiB', '812 B')
+    """
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        # The next unit also for what would round to 1024.0 of this one.
+        if abs(size) < 1023.95 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def parse_bytes(size: int | str, argument: str) -> int:
+    """Bytes from a number or a text such as ``"8GB"`` (10**9) or ``"512MiB"`` (2**20).
+
+    Args:
+        size: the size. Upper and lower case, and a space before the unit, are the same.
+        argument: name of the argument it was given as, for the message.
+
+    Raises:
+        ConfigurationError: neither an int >= 0 nor such a text.
+
+    >>> parse_bytes("1.5 GiB", "memory_limit")
+    1610612736
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigurationError(
+            f"{argument}={size!r} is not a size: give bytes as an int >= 0, or a number with a "
+            "unit such as '8GB' or '512MiB'."
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _left_on_linux(root: Path = Path("/")) -> list[int]:
+    """Bytes the machine and each control group above this process can still give."""
+    left = []
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            left.append(int(line.split()[1]) * 1024)
+    for group, limit, usage, statistic in _control_groups(root):
+        maximum = _number(group / limit)
+        if maximum is not None:
+            used = (_number(group / usage) or 0) - _reclaimable(group, statistic)
+            left.append(max(0, maximum - used))
+    return left
+
+
+def _control_groups(root: Path) -> list[tuple[Path, str, str, str]]:
+    """Folders of this process's memory groups up to the root, with the file names of v1 or v2."""
+    found = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":  # version 2
+            top = root / "sys/fs/cgroup"
+            names = ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the name may be that of the host: then only the top is there.
+        folder = top / name.strip("/")
+        for group in [folder, *folder.parents]:
+            found.append((group, *names))
+            if group == top:
+                break
+    return found
+
+
+def _reclaimable(group: Path, statistic: str) -> int:
+    """Bytes of file cache that the kernel drops when the group needs memory."""
+    for line in _lines(group / "memory.stat"):
+        key, value = line.split()
+        if key == statistic:
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

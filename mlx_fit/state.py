@@ -1,0 +1,125 @@
+"""Reading and writing weights: one file, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_fit._tree import named_arrays
+from mlx_fit.errors import CheckpointError, CheckpointMismatchError, CheckpointWriteError
+
+INEXACT = mx.inexact
+
+
+def non_finite_names(model: nn.Module, optimizer: Any) -> list[str]:
+    """Names of trainable weights and optimizer arrays that hold NaN or infinity. Synchronises."""
+    named = named_arrays(model.trainable_parameters())
+    named += [(f"optimizer.{name}", value) for name, value in named_arrays(optimizer.state)]
+    floats = [(name, value) for name, value in named if mx.issubdtype(value.dtype, INEXACT)]
+    flags = [mx.isfinite(value).all() for _, value in floats]
+    mx.eval(flags)
+    return [name for (name, _), flag in zip(floats, flags, strict=True) if not flag.item()]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Write a ``.safetensors`` file: staged beside its target, synced to disk, then renamed.
+
+    Raises:
+        CheckpointWriteError: it could not be written; what was there before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".safetensors")
+        staged = Path(name)
+        try:
+            os.fchmod(handle, 0o666 & ~_umask())
+            os.close(handle)
+            mx.save_safetensors(str(staged), dict(arrays), metadata={"format": "mlx"})
+            _sync(staged)
+            staged.replace(path)
+            _sync(path.parent)
+        finally:
+            staged.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointWriteError(f"{path} could not be written: {error}", path=path) from error
+
+
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """Read a ``.safetensors`` file into memory.
+
+    Raises:
+        CheckpointError: the file is missing or not readable as safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist, or is not a file.", path=path)
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+        mx.eval(arrays)  # mx.load is lazy; the file may be replaced later
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {error}", path=path
+        ) from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def load_parameters(
+    model: nn.Module, arrays: Mapping[str, mx.array], *, strict: bool, source: str
+) -> None:
+    """Put arrays into a model by name: all of them, or none if something does not fit.
+
+    Args:
+        model: the model.
+        arrays: name -> array, as ``named_arrays(model.parameters())`` names them.
+        strict: whether missing and extra names are errors. Shapes must agree in any case.
+        source: where they come from, for the message.
+
+    Raises:
+        CheckpointMismatchError: lists the missing, extra and misshapen names.
+    """
+    mine = dict(named_arrays(model.parameters()))
+    missing = sorted(mine.keys() - arrays.keys()) if strict else []
+    extra = sorted(arrays.keys() - mine.keys()) if strict else []
+    misshapen = {
+        name: (tuple(arrays[name].shape), tuple(mine[name].shape))
+        for name in mine.keys() & arrays.keys()
+        if arrays[name].shape != mine[name].shape
+    }
+    if missing or extra or misshapen:
+        parts = [f"missing {', '.join(missing)}"] if missing else []
+        parts += [f"extra {', '.join(extra)}"] if extra else []
+        parts += [
+            f"{name} has shape {found}, the model expects {expected}"
+            for name, (found, expected) in sorted(misshapen.items())
+        ]
+        raise CheckpointMismatchError(
+            f"{source} does not fit the model: {'; '.join(parts)}. Build the model as it was when "
+            "it was saved"
+            + (", or pass strict=False to load what fits by name." if strict else "."),
+            missing=missing,
+            extra=extra,
+            misshapen=misshapen,
+        )
+    fitting = [(n, a.astype(mine[n].dtype)) for n, a in arrays.items() if n in mine]
+    model.update(tree_unflatten(fitting))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,598 @@
+"""The trainer: a model, an optimizer and an objective; ``fit``, ``evaluate``, ``predict``."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
+
+from mlx_fit._tree import RandomState, named_arrays
+from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.callbacks.history import HistoryRecorder
+from mlx_fit.callbacks.progress import progress, resolve_verbose
+from mlx_fit.data.arrays import is_array
+from mlx_fit.data.class_weights import ClassWeights
+from mlx_fit.data.feed import Feed, Replay
+from mlx_fit.data.sources import Source, as_source, split_rows
+from mlx_fit.errors import ConfigurationError, NonFiniteLossError, from_runtime_error
+from mlx_fit.evaluation import EvaluationStep, PredictionStep
+from mlx_fit.fit import Fit, Schedule, evaluate_pass, plain
+from mlx_fit.history import History
+from mlx_fit.logs import Logs
+from mlx_fit.loop import evaluation_mode, training_mode
+from mlx_fit.objective import Objective, as_objective
+from mlx_fit.precision import Precision, initial_scale
+from mlx_fit.protocols import RunInfo
+from mlx_fit.runtime.device import DeviceConfig
+from mlx_fit.signals import Interruption, watched
+from mlx_fit.state import load_parameters, non_finite_names, read_arrays, write_arrays
+from mlx_fit.step import StepOptions, TrainStep, optimizers_of
+from mlx_fit.summary import print_summary
+
+
+class Trainer:
+    """Trains an ``mlx.nn.Module``.
+
+    Args:
+        model: the model; ``model(x)``, or ``model(**x)`` where the inputs are a dict.
+        optimizer: any MLX optimizer. Schedules follow its count of applied updates.
+        loss: a name (``"cross_entropy"``, ``"mse"``, ...), a
+            :class:`~mlx_fit.losses.Loss`, ``f(outputs, targets)`` returning per-example losses of
+            shape ``(batch, ...)`` or a scalar mean, or a dict of these by output name.
+        metrics: names, metrics or functions ``f(outputs, targets)``; for several outputs a list
+            (computed for each) or a dict by output name.
+        objective: instead of ``loss``: ``f(model, batch)`` returning a scalar,
+            ``(scalar, {name: scalar})`` or :class:`~mlx_fit.Sums`.
+        batch_size: rows of a batch where this library does the batching.
+        gradient_accumulation: batches to an update. The update is that of one batch of them all.
+        clip_norm: largest global norm of the averaged gradient.
+        clip_value: largest size of any of its components.
+        precision: ``"float32"``, ``"mixed_bfloat16"``, ``"mixed_float16"`` or ``"bfloat16"``.
+        compile: False runs the same step eagerly, for debugging.
+        device_config: device and memory limits while this trainer computes.
+        nonfinite: what a loss of NaN or infinity does: ``"raise"``
+            :class:`~mlx_fit.NonFiniteLossError`, ``"skip"`` the batch, or ``"ignore"``.
+        seed: fixes the order of data and, when the first fit starts, MLX's random key.
+
+    Everything that is reported is a weighted sum, divided once: sum(w * l) / sum(w) over rows,
+    micro-batches and batches. Rows without weights weigh 1.
+
+    Example:
+        >>> import mlx.nn as nn, mlx.optimizers as optim, numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+        >>> y = (x.sum(1) > 0).astype(np.int32)
+        >>> model = nn.Linear(4, 2)
+        >>> trainer = Trainer(model, optim.Adam(0.1), "cross_entropy", ["accuracy"], seed=0)
+        >>> history = trainer.fit((x, y), epochs=5, verbose=0)
+        >>> trainer.evaluate((x, y), verbose=0)["accuracy"] > 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer | None = None,
+        loss: Any = None,
+        metrics: Any = (),
+        *,
+        objective: Objective | Callable[[Any, Any], Any] | None = None,
+        batch_size: int = 32,
+        gradient_accumulation: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        precision: str = "float32",
+        compile: bool = True,
+        device_config: DeviceConfig | None = None,
+        nonfinite: str = "raise",
+        seed: int | None = None,
+    ) -> None:
+        _check_arguments(model, optimizer, batch_size, seed)
+        self.model = model
+        self.optimizer: Any = optimizer
+        self.batch_size = batch_size
+        self.device_config = device_config or DeviceConfig()
+        self.epoch = 0
+        self.history: History | None = None
+        self.info = RunInfo()
+        self.stop_training = False
+        self.quiet_on_nonfinite = False
+        self.stop_evaluating = False
+        self.stop_predicting = False
+        self._objective = as_objective(loss, metrics, objective)
+        self._options = StepOptions(
+            gradient_accumulation,
+            clip_norm,
+            clip_value,
+            Precision.get(precision),
+            compile,
+            nonfinite,
+        )
+        self._options.precision.prepare(model)
+        self._scaling = initial_scale() if self._options.precision.scales_loss else {}
+        self._seed = seed
+        self._order_seed = secrets.randbits(32) if seed is None else seed
+        self._is_seeded = False
+        self._num_passes = 0
+        self._steps_before = 0
+        self._train_step: TrainStep | None = None
+        self._evaluation_step: EvaluationStep | None = None
+        self._prediction_step: PredictionStep | None = None
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: Any,
+        val: Any = None,
+        *,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        initial_epoch: int = 0,
+        validation_split: float = 0.0,
+        validation_freq: int | list[int] | str = 1,
+        validation_steps: int | None = None,
+        class_weight: Mapping[Any, float] | None = None,
+        shuffle: bool = True,
+        callbacks: Any = (),
+        log_every: int = 10,
+        verbose: int | str = "auto",
+    ) -> History:
+        """Train, validate, and return the history.
+
+        Args:
+            train: a tuple ``(x, y[, weights])`` of arrays; a list of batches; a dataset of rows
+                (``__len__`` and ``__getitem__``); a loader or any iterable of batches; or a
+                function that returns an iterator, called once per epoch.
+            val: data of the same kinds, or a dict of several sets, logged as ``val_<set>_<key>``.
+                An iterator is read once, and its batches are kept for the next evaluations.
+            epochs: index after the last epoch: ``initial_epoch=3, epochs=6`` runs 3, 4 and 5.
+            max_steps: ends the fit after so many updates, if the epochs have not ended it before.
+            steps_per_epoch: batches of an epoch; passes over the data are joined to fill it.
+            initial_epoch: the first epoch, 0-based.
+            validation_split: share of the rows, the last ones, that is kept for validation.
+            validation_freq: every so many epochs; a list of epochs, from 1; or ``"500 steps"``.
+            validation_steps: largest number of batches of a validation.
+            class_weight: class -> factor of the weights of its rows; never used in validation.
+            shuffle: whether arrays and datasets are shuffled each epoch.
+            callbacks: a callback or a list of them.
+            log_every: steps between rows of ``history.steps``, and between looks at the loss.
+            verbose: 0 nothing, 1 a bar, 2 a line per epoch; ``"auto"`` is 1 on a terminal or in a
+                notebook, 2 elsewhere.
+
+        Raises:
+            ConfigurationError: an argument cannot work.
+            DataError: the data cannot be used, or ended early.
+            NonFiniteLossError: the loss became NaN or infinite (``nonfinite="raise"``).
+            OutOfMemoryError, DeviceError: the device failed.
+            Preempted: SIGTERM arrived; a ``SystemExit`` of code 143.
+        """
+        schedule = Schedule(
+            epochs,
+            initial_epoch,
+            max_steps,
+            steps_per_epoch,
+            validation_freq,
+            validation_steps,
+            log_every,
+        )
+        train, val = _split(train, val, validation_split)
+        feed = self._feed(train, schedule, shuffle)
+        validation = self._validation(val, validation_steps)
+        verbose = resolve_verbose(verbose)
+        interruption = Interruption()
+        with self.device_config.applied(), training_mode(self.model), watched(interruption):
+            self._seed_once()
+            self._start_run(schedule, feed.source, validation, verbose)
+            assert self.history is not None
+            callback_list = CallbackList(
+                [callbacks, HistoryRecorder(self.history), progress(verbose)],
+                self,
+                self.history.params,
+            )
+            with self._reporting(callback_list):
+                fit = Fit(
+                    self,
+                    schedule,
+                    self._new_train_step(),
+                    feed,
+                    None if class_weight is None else ClassWeights(class_weight),
+                    self._new_evaluation_step(),
+                    validation,
+                    callback_list,
+                    self.history,
+                    interruption,
+                )
+                fit()
+        self._num_passes = feed.start_epoch + feed.passes_finished
+        return self.history
+
+    def train(
+        self, train_dataset: Any, val_dataset: Any = None, epochs: int = 1, callbacks: Any = ()
+    ) -> History:
+        """The same as :meth:`fit`, by the name that earlier MLX training code used."""
+        return self.fit(train_dataset, val_dataset, epochs=epochs, callbacks=callbacks)
+
+    def train_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
+        """One update from one batch, given as ``(x, y)`` or as separate arguments.
+
+        Returns:
+            The loss and metrics of this batch.
+        """
+        batch = _as_batch(x, y, weights)
+        with self.device_config.applied(), training_mode(self.model), self._reporting(None):
+            step = self._train_step or self._new_train_step()
+            step.start_epoch(num_batches=1)
+            step(batch)
+            step.settle()
+            if step.settled and step.settled.bad_window:
+                raise NonFiniteLossError(
+                    f"The loss of this batch is {step.settled.bad_loss}. The weights have taken "
+                    "its update; nonfinite='skip' leaves such batches out.",
+                    step=self.step,
+                    epoch=self.epoch,
+                    value=step.settled.bad_loss,
+                )
+            return {key: plain(value) for key, value in Logs(step.sums).items()}
+
+    # --- evaluation and prediction ----------------------------------------------------------------
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Any = (),
+        verbose: int | str = "auto",
+    ) -> dict[str, Any]:
+        """Loss and metrics over data, each row once. Nothing is updated.
+
+        Args:
+            data: as for :meth:`fit`.
+            batch_size: rows of a batch; default the trainer's.
+            steps: largest number of batches.
+            callbacks: told of ``on_test_*``.
+            verbose: as for :meth:`fit`.
+
+        Returns:
+            ``{"loss": ..., <metric>: ...}``. A key over which no weight was counted is left out.
+        """
+        source = self._source(data, "data", batch_size)
+        replay = Replay(source, steps)
+        verbose = resolve_verbose(verbose)
+        self.stop_evaluating = False
+        self._start_watched("evaluate", verbose, source, steps)
+        callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
+        with self.device_config.applied(), self._reporting(callback_list):
+            step = self._evaluation_step or self._new_evaluation_step()
+            return evaluate_pass(
+                self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
+            )
+
+    def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
+        """Loss and metrics of one batch, given as ``(x, y)`` or as separate arguments."""
+        return self.evaluate([_as_batch(x, y, weights)], verbose=0)
+
+    def predict(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Any = (),
+        verbose: int | str = "auto",
+    ) -> Any:
+        """The model's outputs for all rows, in order, as NumPy arrays (floats as float32).
+
+        Args:
+            data: inputs ``x``, or data as for :meth:`fit`, whose targets and weights are ignored.
+            batch_size: rows of a batch; default the trainer's.
+            steps: largest number of batches.
+            callbacks: told of ``on_predict_*``.
+            verbose: as for :meth:`fit`.
+
+        Returns:
+            A tree like the model's outputs, each leaf of shape ``(rows, ...)``.
+        """
+        parts = list(
+            self.predict_batches(
+                data, batch_size=batch_size, steps=steps, callbacks=callbacks, verbose=verbose
+            )
+        )
+        return tree_map(lambda *leaves: np.concatenate(leaves), parts[0], *parts[1:])
+
+    def predict_batches(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Any = (),
+        verbose: int | str = "auto",
+    ) -> Iterator[Any]:
+        """Like :meth:`predict`, batch by batch: memory for one batch of outputs only."""
+        source = self._source(data, "data", batch_size)
+        verbose = resolve_verbose(verbose)
+        self.stop_predicting = False
+        self._start_watched("predict", verbose, source, steps)
+        callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
+        callback_list.call("on_predict_begin", {})
+        step = self._prediction_step or PredictionStep(self.model, self._options)
+        self._prediction_step = step
+        random_state = RandomState()
+        for index, batch in enumerate(Replay(source, steps).batches()):
+            with (
+                self.device_config.applied(),
+                self._reporting(callback_list),
+                evaluation_mode(self.model),
+            ):
+                callback_list.call("on_predict_batch_begin", index, {})
+                outputs = tree_map(_to_numpy, step(batch))
+                callback_list.call("on_predict_batch_end", index, {"outputs": outputs})
+            yield outputs
+            if self.stop_predicting:
+                break
+        random_state.restore()
+        callback_list.call("on_predict_end", {})
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The model's outputs for one batch of inputs, as NumPy arrays."""
+        return next(self.predict_batches([(x,)], verbose=0))
+
+    # --- weights and state ------------------------------------------------------------------------
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write all parameters to a ``.safetensors`` file, atomically.
+
+        Raises:
+            ConfigurationError: the path has another suffix.
+            NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
+            CheckpointWriteError: writing failed; an earlier file is untouched.
+        """
+        path = _weights_path(path)
+        if bad := non_finite_names(self.model, self.optimizer):
+            raise NonFiniteLossError(
+                f"Not saved to {path}: these arrays hold NaN or infinity: {', '.join(bad[:5])}"
+                f"{', ...' if len(bad) > 5 else ''}. Go on from a file saved before.",
+                step=self.step,
+                epoch=self.epoch,
+                value=float("nan"),
+            )
+        write_arrays(path, dict(named_arrays(self.model.parameters())))
+
+    def load_weights(self, path: str | Path, strict: bool = True) -> None:
+        """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.
+
+        Args:
+            path: the file.
+            strict: whether missing and extra names are errors.
+
+        Raises:
+            CheckpointMismatchError: lists the names that do not fit.
+            CheckpointError: the file is missing or unreadable.
+        """
+        path = _weights_path(path)
+        load_parameters(self.model, read_arrays(path), strict=strict, source=str(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from: weights, optimizer, random key and counters."""
+        return {
+            "model": dict(named_arrays(self.model.parameters())),
+            "optimizer": dict(named_arrays(self.optimizer.state)) if self.optimizer else {},
+            "loss_scale": dict(self._scaling),
+            "random_key": RandomState().words,
+            "step": self.step,
+            "epoch": self.epoch,
+            "order_seed": self._order_seed,
+            "num_passes": self._num_passes,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Go on from what :meth:`state_dict` gave; nothing is loaded if the weights do not fit.
+
+        Args:
+            state: from :meth:`state_dict`, of this or another trainer.
+            strict: whether missing and extra parameter names are errors.
+        """
+        load_parameters(self.model, state["model"], strict=strict, source="The state")
+        if self.optimizer is not None:
+            self.optimizer.state = tree_unflatten(list(state["optimizer"].items()))
+        self._scaling = dict(state["loss_scale"])
+        RandomState(state["random_key"]).restore()
+        self._is_seeded = True
+        self._train_step = None
+        self._steps_before = state["step"]
+        self.epoch = state["epoch"]
+        self._order_seed = state["order_seed"]
+        self._num_passes = state["num_passes"]
+
+    def summary(self) -> None:
+        """Print the layers with their parameters, how many are trained, and their bytes."""
+        print_summary(self.model)
+
+    # --- what callbacks see -----------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Windows of batches taken so far, over all fits."""
+        active = self._train_step.num_windows if self._train_step else 0
+        return self._steps_before + active
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate of the newest update. Reads the device."""
+        rate = optimizers_of(self.optimizer)[0].state.get("learning_rate")
+        return None if rate is None else float(rate.item())
+
+    def direction(self, key: str) -> bool | None:
+        """Whether a higher value of a logged key is better; None where nobody declared it."""
+        known = {} if self._objective is None else self._objective.directions
+        prefixes = ["", "val_", *(f"val_{name}_" for name in self.info.validation_sets if name)]
+        for prefix in prefixes:
+            if key.startswith(prefix) and key.removeprefix(prefix) in known:
+                return known[key.removeprefix(prefix)]
+        return None
+
+    def stop_on_nonfinite(self) -> None:
+        """End training quietly, instead of raising, when the loss becomes non-finite."""
+        self.quiet_on_nonfinite = True
+
+    def request_stop(self, reason: str) -> None:
+        """End training after the current batch's update; validation and epoch end still run."""
+        self.stop_training = True
+        if self.history is not None and self.history.stopped_by is None:
+            self.history.stopped_by = reason
+
+    # --- preparation ------------------------------------------------------------------------------
+
+    def _source(self, data: Any, name: str, batch_size: int | None = None) -> Any:
+        size = self.batch_size if batch_size is None else batch_size
+        return as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+
+    def _feed(self, train: Any, schedule: Schedule, shuffle: bool) -> Feed:
+        source = as_source(
+            train,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self._order_seed,
+            name="train",
+        )
+        start = max(self._num_passes, schedule.initial_epoch)
+        return Feed(source, schedule.steps_per_epoch, start)
+
+    def _validation(self, val: Any, steps: int | None) -> dict[str, Replay]:
+        if val is None:
+            return {}
+        sets = val if isinstance(val, dict) else {"": val}
+        return {
+            name: Replay(self._source(data, f"val[{name!r}]" if name else "val"), steps)
+            for name, data in sets.items()
+        }
+
+    def _seed_once(self) -> None:
+        if self._seed is not None and not self._is_seeded:
+            mx.random.seed(self._seed)
+            self._is_seeded = True
+
+    def _start_run(
+        self, schedule: Schedule, source: Source, validation: Mapping[str, Replay], verbose: int
+    ) -> None:
+        self.stop_training = False
+        self.quiet_on_nonfinite = False
+        num_batches = schedule.steps_per_epoch or source.num_batches
+        params = {"verbose": verbose, "epochs": schedule.epochs, "steps": num_batches}
+        self.history = History(params, self.direction)
+        self.info = RunInfo(
+            "fit",
+            schedule.epochs,
+            schedule.initial_epoch,
+            num_batches,
+            tuple(validation),
+            schedule.validates_every is not None,
+            self.batch_size,
+            self.batch_size * self._options.gradient_accumulation,
+            verbose,
+        )
+
+    def _start_watched(self, kind: str, verbose: int, source: Source, steps: int | None) -> None:
+        num_batches = source.num_batches if steps is None else steps
+        self.info = RunInfo(
+            kind, steps_per_epoch=num_batches, batch_size=self.batch_size, verbose=verbose
+        )
+
+    def _require_objective(self) -> Objective:
+        if self._objective is None:
+            raise ConfigurationError(
+                "This trainer has no loss: give Trainer(model, optimizer, loss=...) or objective=."
+            )
+        return self._objective
+
+    def _new_train_step(self) -> TrainStep:
+        if self.optimizer is None:
+            raise ConfigurationError(
+                "This trainer has no optimizer: give Trainer(model, optimizer, ...)."
+            )
+        self._drop_train_step()
+        self._train_step = TrainStep(
+            self.model, self.optimizer, self._require_objective(), self._options, self._scaling
+        )
+        return self._train_step
+
+    def _drop_train_step(self) -> None:
+        self._steps_before, self._train_step = self.step, None
+
+    def _new_evaluation_step(self) -> EvaluationStep:
+        self._evaluation_step = EvaluationStep(self.model, self._require_objective(), self._options)
+        return self._evaluation_step
+
+    @contextmanager
+    def _reporting(self, callbacks: CallbackList | None) -> Iterator[None]:
+        """Type MLX's errors, tell the callbacks, and let go of a step that failed half-way."""
+        try:
+            yield
+        except BaseException as error:
+            typed = from_runtime_error(error, batch_size=self.batch_size)
+            self._drop_train_step()
+            if callbacks is not None:
+                callbacks.call("on_exception", typed or error)
+            if typed is not None:
+                raise typed from error
+            raise
+
+
+def _split(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
+    if is_array(train) and is_array(val):
+        raise ConfigurationError(
+            "fit(x, y) got two arrays: the second argument is validation data. Write "
+            "fit((x, y)), with the pair in one tuple."
+        )
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigurationError(f"validation_split={fraction!r}; expected 0 <= share < 1.")
+    if fraction and val is None:
+        return split_rows(train, fraction)
+    return train, val
+
+
+def _check_arguments(model: Any, optimizer: Any, batch_size: Any, seed: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"model is {type(model).__name__}; expected an mlx.nn.Module. The weights of a torch "
+            "module must be copied into an mlx.nn model first."
+        )
+    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
+        raise ConfigurationError(
+            f"optimizer is {optimizer!r}; expected an MLX optimizer, such as "
+            "mlx.optimizers.AdamW(learning_rate=1e-3)."
+        )
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ConfigurationError(f"batch_size={batch_size!r}; expected an int of at least 1.")
+    if seed is not None and (not isinstance(seed, int) or seed < 0):
+        raise ConfigurationError(f"seed={seed!r}; expected a non-negative int or None.")
+
+
+def _as_batch(x: Any, y: Any, weights: Any) -> Any:
+    if weights is not None:
+        return (x, y, weights)
+    return x if y is None else (x, y)
+
+
+def _weights_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigurationError(
+            f"{path} has the suffix {path.suffix!r}; weights are written as .safetensors."
+        )
+    return path
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
