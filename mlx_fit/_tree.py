@@ -55,24 +55,26 @@ def restore(tree: Any, saved: Any) -> None:
         if isinstance(present, (dict, list, tuple)) and isinstance(value, (dict, list)):
             restore(present, value)
         elif not isinstance(tree, tuple):
-            # Past Module.__setattr__: a Module is a dict, and the leaf is already one of its keys.
-            dict.__setitem__(tree, key, value) if isinstance(tree, dict) else tree.__setitem__(
-                key, value
-            )
+            _set(tree, key, value)
 
 
 def select(condition: mx.array, tree: Any, saved: Any) -> None:
     """Keep the leaves of ``tree`` where ``condition`` holds, else those of ``saved``, in place."""
     keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     for key in keys:
-        value = tree[key]
+        value, before = tree[key], saved[key]
         if isinstance(value, (dict, list, tuple)):
-            select(condition, value, saved[key])
-        elif isinstance(value, mx.array) and value is not saved[key]:
-            chosen = mx.where(condition, value, saved[key])
-            dict.__setitem__(tree, key, chosen) if isinstance(tree, dict) else tree.__setitem__(
-                key, chosen
-            )
+            select(condition, value, before)
+        elif isinstance(value, mx.array) and value is not before:
+            _set(tree, key, mx.where(condition, value, before))
+
+
+def _set(container: Any, key: Any, value: Any) -> None:
+    """Set a leaf, past ``Module.__setattr__``: a Module is a dict that already has the key."""
+    if isinstance(container, dict):
+        dict.__setitem__(container, key, value)
+    else:
+        container[key] = value
 
 
 class RandomState:
@@ -84,7 +86,8 @@ class RandomState:
 
     def __init__(self, words: Sequence[int] | None = None) -> None:
         # Host synchronisation, but of the key alone, which is evaluated with every step.
-        self.words: list[int] = mx.random.state[0].tolist() if words is None else list(words)
+        state: Any = mx.random.state
+        self.words: list[int] = state[0].tolist() if words is None else list(words)
 
     def restore(self) -> None:
         """Make this key MLX's current one again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,6 +283,9 @@ def evaluate_pass(
     running = None if sums.batch is None else sums.running
     values = Values(sums.layout, running, sums.rows, 0, sums.rows.num_batches)
     logs = {key: plain(value) for key, value in values.items()}
+    if uncounted := [key for key in sums.layout.computes or ["loss"] if key not in logs]:
+        names = ", ".join(uncounted)
+        warnings.warn(f"Evaluated without {names}: the weights of all rows sum to 0.", stacklevel=3)
     callbacks.call("on_test_end", logs)
     return logs
 

@@ -28,6 +28,8 @@ from mlx_fit.losses import Loss
 from mlx_fit.metrics import Metric
 
 State = dict[str, mx.array]
+HALF = (mx.float16, mx.bfloat16)
+NOT_LABELS = 0  # in place of a number of classes: the targets are probabilities
 
 
 class Sums(NamedTuple):
@@ -196,8 +198,9 @@ class Supervised(Objective):
             output, target = _pick(outputs, name, "outputs"), _pick(y, name, "targets")
             weight = weights[name] if isinstance(weights, dict) else weights
             mask = loss.mask(target, output)
-            if mask is not None:
-                self._num_classes[name] = output.shape[-1]
+            if loss.class_indices:
+                is_labels = loss.is_labels(target, output)
+                self._num_classes[name] = output.shape[-1] if is_labels else NOT_LABELS
             parts[name] = mean_loss(loss(output, target), weight, mask, rows)
             clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
             counted.append((name, output, clean, metric_weights(weight, mask, rows)))
@@ -241,33 +244,42 @@ class Supervised(Objective):
 
     def host_weight(self, batch: Any) -> float | None:
         """Check class labels, and sum the weights of the targets that count."""
-        _, y, weights = unpack(batch)
+        if type(batch) is tuple and len(batch) == 2:  # most batches; calls are counted
+            y, weights = batch[1], None
+        else:
+            _, y, weights = unpack(batch)
         if self._named:
             return self._named_weight(y, weights)
-        loss = self._losses[""]
+        loss, num_classes = self._losses[""], self._num_classes.get("")
         num_counted: float | None = None
-        if loss.ignore_index is not None and loss.is_labels(y):
-            if type(y) is not np.ndarray:
-                return None
-            num_counted = loss.check(y, self._num_classes.get(""))
-            if num_counted < y.size and weights is not None:
-                # Some rows are ignored: their weights must not count.
-                if type(weights) is not np.ndarray:
-                    return None
-                mask = (y != loss.ignore_index).reshape(*weights.shape, -1).any(-1)
-                return float((weights * mask).sum())
-        if weights is None:
-            return 1.0 if num_counted is None else num_counted
-        return float(weights.sum()) if type(weights) is np.ndarray else None
+        if loss.class_indices and num_classes != NOT_LABELS:
+            if isinstance(y, mx.array):
+                return None if loss.ignore_index is not None else _host_sum(weights)
+            y = y if type(y) is np.ndarray else np.asarray(y)
+            if y.dtype.kind in "iu":
+                num_counted = loss.check(y, num_classes)
+        if weights is None or num_counted is None:
+            return (
+                num_counted if weights is None and num_counted is not None else _host_sum(weights)
+            )
+        if num_counted < y.size and not isinstance(weights, mx.array):
+            # Some targets are ignored: their weights must not count.
+            weights = np.asarray(weights)
+            counts = (y != loss.ignore_index).reshape(*weights.shape, -1).any(-1)
+            return float((weights * counts).sum())
+        return _host_sum(weights)
 
     def _named_weight(self, y: Any, weights: Any) -> float | None:
         for name, loss in self._losses.items():
-            target = y[name] if isinstance(y, dict) else None
-            if loss.ignore_index is not None and type(target) is np.ndarray:
-                loss.check(target, self._num_classes.get(name))
-        if weights is None or isinstance(weights, dict):
-            return 1.0
-        return float(weights.sum()) if type(weights) is np.ndarray else None
+            target = y.get(name) if isinstance(y, dict) else None
+            num_classes = self._num_classes.get(name)
+            is_checked = loss.class_indices and num_classes != NOT_LABELS
+            if is_checked and type(target) is np.ndarray and target.dtype.kind in "iu":
+                loss.check(target, num_classes)
+        if not isinstance(weights, dict):
+            return _host_sum(weights)
+        sums = [_host_sum(part) for part in weights.values()]
+        return None if None in sums else sum(part for part in sums if part is not None)
 
     @property
     def directions(self) -> dict[str, bool | None]:
@@ -320,9 +332,6 @@ def float32(outputs: Any) -> Any:
     if isinstance(outputs, (list, tuple)):
         return [float32(value) for value in outputs]
     return outputs
-
-
-HALF = (mx.float16, mx.bfloat16)
 
 
 def mean_loss(
@@ -401,6 +410,13 @@ def _reciprocal(weight: mx.array | float) -> mx.array | float:
         weight = weight.astype(mx.float32)
         return 1.0 / mx.where(weight > 0, weight, 1.0)
     return 1.0 / weight if weight > 0 else 0.0
+
+
+def _host_sum(weights: Any) -> float | None:
+    """The sum of a batch's weights; 1 where there are none, None where only the device knows it."""
+    if weights is None:
+        return 1.0
+    return None if isinstance(weights, mx.array) else float(np.asarray(weights).sum())
 
 
 def _pair(total: mx.array, weight: mx.array | float) -> State:

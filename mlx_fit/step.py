@@ -175,6 +175,7 @@ class TrainStep:
         self.num_skipped = 0
         self._num_batches_left = -1
         self._scaling = scaling
+        self._is_fused = options.gradient_accumulation == 1
         self._logs_grad_norm = logs_grad_norm or options.clip_norm is not None
         # [windows so far, first bad window (0: none), its loss]: the watch on non-finite losses
         self._watch = mx.array([0.0, 0.0, float("nan")])
@@ -201,8 +202,7 @@ class TrainStep:
         self._built_for = _trainables(self.model)
         self._state = [self.model.state, self.optimizer.state, self._scaling, mx.random.state]
         compiles = self.options.compile
-        fused = self.options.gradient_accumulation == 1
-        batch_function = self._update_from if fused else self._accumulate_from
+        batch_function = self._update_from if self._is_fused else self._accumulate_from
         self._batch = Traced(batch_function, self._state, self._state, compiles)
         self._flush = Traced(self._update_from_window, self._state, self._state, compiles)
         self._scheduled = [o.state for o in optimizers_of(self.optimizer) if has_schedule(o)]
@@ -252,15 +252,17 @@ class TrainStep:
                 sums.rows.append(rows)
             if self._scheduled:
                 self._known_rates = [state["learning_rate"] for state in self._scheduled]
-        self._end_batch(weight)
+        self._num_batches_left -= 1
+        if self._is_fused and weight != 0.0:
+            self.num_windows += 1  # in line: the usual case, and calls are counted
+        else:
+            self._end_batch(weight)
 
     def _end_batch(self, weight: float | None) -> None:
         """Count the batch, and close its window if it was the last of it."""
-        self._num_batches_left -= 1
-        if self.options.gradient_accumulation == 1:
+        if self._is_fused:
             self.num_windows += 1
-            if weight == 0.0:
-                self._skip_window()
+            self._skip_window()
             return
         self._num_in_window += 1
         self.window_open = self._num_in_window < self.options.gradient_accumulation

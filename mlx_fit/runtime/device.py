@@ -59,7 +59,9 @@ class DeviceConfig:
             if size is not None:
                 parse_bytes(size, argument)
         if self.memory_limit is not None and parse_bytes(self.memory_limit, "memory_limit") == 0:
-            raise ConfigurationError("memory_limit=0 leaves no memory: give more, or None.")
+            raise ConfigurationError(
+                f"memory_limit={self.memory_limit!r} leaves no memory: give more, or None."
+            )
         if self.wired_limit is not None and not mx.metal.is_available():
             raise ConfigurationError(
                 f"wired_limit={self.wired_limit!r} has no effect without Metal: use None here."
