@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -39,6 +39,19 @@ def snapshot(tree: Any) -> Any:
     return tree
 
 
+def assign(tree: Any, named: Iterable[tuple[str, Any]]) -> None:
+    """Set leaves of ``tree`` in place by the dotted names that :func:`named_arrays` gives them.
+
+    ``mlx.utils.tree_unflatten`` takes a dict with keys like ``"0"`` for a list; this does not.
+    """
+    for name, value in named:
+        *path, last = name.split(".")
+        container = tree
+        for part in path:
+            container = container[part if isinstance(container, dict) else int(part)]
+        _set(container, last if isinstance(container, dict) else int(last), value)
+
+
 def restore(tree: Any, saved: Any) -> None:
     """Put the leaves of ``saved`` (from :func:`snapshot`) back into the containers of ``tree``.
 
@@ -49,6 +62,8 @@ def restore(tree: Any, saved: Any) -> None:
             dict.__delitem__(tree, key)
         items: Any = saved.items()
     else:
+        if isinstance(tree, list):
+            del tree[len(saved) :]
         items = enumerate(saved)
     for key, value in items:
         present = tree.get(key) if isinstance(tree, dict) else tree[key]
@@ -59,9 +74,11 @@ def restore(tree: Any, saved: Any) -> None:
 
 
 def select(condition: mx.array, tree: Any, saved: Any) -> None:
-    """Keep the leaves of ``tree`` where ``condition`` holds, else those of ``saved``, in place."""
-    keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
-    for key in keys:
+    """Keep the leaves of ``tree`` where ``condition`` holds, else those of ``saved``, in place.
+
+    What is new since ``saved`` was taken (a model may keep its last activations) stays.
+    """
+    for key in saved if isinstance(saved, dict) else range(len(saved)):
         value, before = tree[key], saved[key]
         if isinstance(value, (dict, list, tuple)):
             select(condition, value, before)
@@ -92,3 +109,4 @@ class RandomState:
     def restore(self) -> None:
         """Make this key MLX's current one again."""
         mx.random.seed((self.words[0] << 32) | self.words[1])
+        mx.eval(mx.random.state)  # a lazy key could not be used by another thread

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from mlx_fit.data.arrays import is_array
-from mlx_fit.data.sources import split_rows
+from mlx_fit.data.feed import Replay
+from mlx_fit.data.options import natural
+from mlx_fit.data.sources import Source, as_source, split_rows
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.fit import Schedule
+from mlx_fit.runtime.device import DeviceConfig
+
+STATE_KEYS = (
+    "model",
+    "optimizer",
+    "loss_scale",
+    "random_key",
+    "step",
+    "epoch",
+    "order_seed",
+    "num_passes",
+)
 
 
 def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
@@ -20,14 +39,16 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
             "fit(x, y) got two arrays: the second argument is validation data. Write "
             "fit((x, y)), with the pair in one tuple."
         )
-    if not 0.0 <= fraction < 1.0:
+    if not isinstance(fraction, Real) or not 0.0 <= float(fraction) < 1.0:
         raise ConfigurationError(f"validation_split={fraction!r}; expected 0 <= share < 1.")
     if fraction and val is None:
         return split_rows(train, fraction)
     return train, val
 
 
-def check_trainer(model: Any, optimizer: Any, batch_size: Any, seed: Any) -> None:
+def check_trainer(
+    model: Any, optimizer: Any, batch_size: Any, device_config: Any, seed: Any
+) -> None:
     """Raise for what a trainer cannot be made of."""
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
@@ -39,10 +60,72 @@ def check_trainer(model: Any, optimizer: Any, batch_size: Any, seed: Any) -> Non
             f"optimizer is {optimizer!r}; expected an MLX optimizer, such as "
             "mlx.optimizers.AdamW(learning_rate=1e-3)."
         )
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigurationError(f"batch_size={batch_size!r}; expected an int of at least 1.")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise ConfigurationError(f"seed={seed!r}; expected a non-negative int or None.")
+    if device_config is not None and not isinstance(device_config, DeviceConfig):
+        raise ConfigurationError(
+            f"device_config={device_config!r}; expected a DeviceConfig, such as "
+            'DeviceConfig(device="gpu").'
+        )
+    natural("batch_size", batch_size, 1)
+    if seed is not None:
+        natural("seed", seed)
+
+
+def evaluation_source(data: Any, batch_size: int, name: str = "data") -> Source:
+    """Data for evaluation or prediction: in order, never shuffled."""
+    size = natural("batch_size", batch_size, 1)
+    return as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+
+
+def validation_sets(val: Any, schedule: Schedule, batch_size: int) -> dict[str, Replay]:
+    """The validation sets of ``fit`` by name; the name is ``""`` for a single one."""
+    if val is None:
+        if schedule.validation_steps is not None or schedule.validation_freq != 1:
+            raise ConfigurationError(
+                "validation_steps and validation_freq need validation data: give val= or "
+                "validation_split=."
+            )
+        return {}
+    sets = val if isinstance(val, dict) else {"": val}
+    if arrays := [name for name, data in sets.items() if name and is_array(data)]:
+        raise ConfigurationError(
+            "val is a dict, which means several validation sets, but "
+            f"val[{arrays[0]!r}] is one array without targets. Write val=(x, y), or "
+            "val={'name': (x, y), ...}."
+        )
+    steps = schedule.validation_steps
+    return {
+        name: Replay(
+            evaluation_source(data, batch_size, f"val[{name!r}]" if name else "val"), steps
+        )
+        for name, data in sets.items()
+    }
+
+
+def checked_steps(steps: Any) -> int | None:
+    """The ``steps`` of an evaluation or prediction: None, or at least one batch."""
+    return None if steps is None else natural("steps", steps, 1)
+
+
+def check_state(state: Any) -> None:
+    """Raise unless ``state`` has what ``Trainer.state_dict`` gives."""
+    missing = [key for key in STATE_KEYS if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        raise ConfigurationError(
+            f"This is not what Trainer.state_dict() gives: {', '.join(missing)} missing. For "
+            "weights alone use load_weights(path), or model.update."
+        )
+
+
+def concatenate(leaves: Sequence[Any]) -> Any:
+    """Outputs of several batches as one array; None stays None."""
+    if leaves[0] is None:
+        return None
+    if leaves[0].ndim == 0:
+        raise ConfigurationError(
+            "The model returned a scalar for a batch, which has no rows to put in order. Use "
+            "predict_batches, which gives the outputs batch by batch."
+        )
+    return np.concatenate(leaves)
 
 
 def as_batch(x: Any, y: Any, weights: Any) -> Any:
@@ -58,6 +141,8 @@ def weights_path(path: str | Path) -> Path:
     Raises:
         ConfigurationError: it has another suffix than ``.safetensors``.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigurationError(f"path={path!r}; expected the name of a .safetensors file.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigurationError(

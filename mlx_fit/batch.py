@@ -15,6 +15,8 @@ import numpy as np
 from mlx_fit._tree import leaves
 from mlx_fit.errors import DataError
 
+PLAIN = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefd")  # dtypes that MLX takes as they are
+
 
 class Parts(NamedTuple):
     """A batch taken apart; ``None`` where it has no targets or no weights."""
@@ -30,7 +32,8 @@ def unpack(batch: Any) -> Parts:
         if not 1 <= len(batch) <= 3:
             raise DataError(
                 f"A batch has {len(batch)} parts; expected x, (x, y) or (x, y, weights). "
-                "Several inputs go into one part: ((x1, x2), y) or ({'a': x1, 'b': x2}, y)."
+                "Several inputs go into one part: ((x1, x2), y) or ({'a': x1, 'b': x2}, y). "
+                "Rows go into one array: np.array([[1, 2], [3, 4]])."
             )
         return Parts(*batch, *(None,) * (3 - len(batch)))
     return Parts(batch, None, None)
@@ -45,11 +48,11 @@ def to_mlx(batch: Any) -> Any:
     if kind is mx.array:
         return batch
     if kind is np.ndarray:
-        return _from_numpy(batch) if batch.dtype.kind in "OSUMmVcT" else mx.array(batch)
+        return mx.array(batch) if _is_plain(batch) else _from_numpy(batch)
     if kind is tuple or kind is list:
         parts = []
         for part in batch:  # plain arrays in line: most batches are (x, y), and calls are counted
-            if type(part) is np.ndarray and part.dtype.kind in "fiub":
+            if type(part) is np.ndarray and part.dtype in PLAIN and part.flags.c_contiguous:
                 parts.append(mx.array(part))
             else:
                 parts.append(to_mlx(part))
@@ -61,14 +64,21 @@ def to_mlx(batch: Any) -> Any:
     return None if batch is None else _from_numpy(batch)
 
 
+def _is_plain(array: np.ndarray) -> bool:
+    return array.dtype in PLAIN and array.flags.c_contiguous
+
+
 def _from_numpy(leaf: Any) -> mx.array:
-    array = np.asarray(leaf)
+    """An array that MLX cannot take as it is: its strides, its byte order, or no NumPy array."""
+    array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     if array.dtype.kind not in "fiubc":
         raise DataError(
             f"A batch holds {type(leaf).__name__} data of dtype {array.dtype}, which is not "
             "numeric. Leave the field out, or turn it into numbers, before it reaches the trainer."
         )
-    return mx.array(array)
+    if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+        return mx.array(array.astype(np.float32))
+    return mx.array(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def signature(batch: Any) -> Any:
@@ -96,19 +106,23 @@ def num_rows(batch: Any) -> int:
     """Rows of a batch: the length of its first array's leading axis (1 for a scalar)."""
     for _, leaf in leaves(batch):
         shape = getattr(leaf, "shape", None)
-        if shape is not None:
-            return shape[0] if len(shape) else 1
-    raise DataError("A batch holds no array; expected x, (x, y) or (x, y, weights).")
+        if shape:
+            return shape[0]
+        break
+    raise DataError(
+        "A batch does not begin with an array of rows; expected x, (x, y) or (x, y, weights), each "
+        "an array with the rows as its first axis. Turn lists of numbers into arrays: "
+        "np.array([[1, 2], [3, 4]])."
+    )
 
 
 def describe(batch: Any) -> str:
     """Names, shapes and dtypes of a batch in one line, for messages."""
-    x, y, weights = unpack(batch)
-    named = {"x": x} if y is None else {"x": x, "y": y}
-    if weights is not None:
-        named["weights"] = weights
+    names: Any = ("x", "y", "weights")
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields") or len(batch) > 3:
+        names, batch = ("batch",), (batch,)
     return ", ".join(
         f"{path}: {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('mlx.core.')}"
-        for path, leaf in leaves(named)
+        for path, leaf in leaves(dict(zip(names, batch, strict=False)))
         if hasattr(leaf, "shape")
     )

@@ -10,10 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fit._tree import RandomState
 from mlx_fit.batch import describe, signature, to_mlx, unpack
 from mlx_fit.logs import Sums, add
+from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, float32, forward
-from mlx_fit.step import StepOptions, Traced, warn_of_many_shapes
+from mlx_fit.options import StepOptions
+from mlx_fit.step import Traced, evaluate, warn_of_many_shapes
 
 
 class EvaluationStep:
@@ -26,12 +29,20 @@ class EvaluationStep:
         self._options = options
         self._host_batch: Any = None
         self._shapes: dict[Any, str] = {}
-        state = [model.state, mx.random.state]
-        self._batch = Traced(self._evaluate, state, [mx.random.state], options.compile)
+        self._built_for: Any = None
+
+    def start(self) -> None:
+        """A new pass: forget the sums, and compile anew if the model's layers have changed."""
+        self.sums.restart()
+        if (now := fingerprint(self._model)) != self._built_for:
+            self._built_for = now
+            self._objective.start()
+            state = [self._model.state, mx.random.state]
+            self._batch = Traced(self._evaluate, state, state[1:], self._options.compile)
 
     @property
     def num_traces(self) -> int:
-        """How often the step was traced."""
+        """How often the step was traced since it was last built."""
         return self._batch.num_traces
 
     def __call__(self, batch: Any) -> None:
@@ -40,9 +51,9 @@ class EvaluationStep:
         if self._objective.host_weight(host_batch) == 0.0:
             return
         batch = to_mlx(host_batch)
-        key = signature(batch)
+        key = (signature(batch), self._objective.variant)
         if key in self._batch.seen:
-            results = self._batch.function(batch, self.sums.running)
+            results = self._batch.function(key[1], batch, self.sums.running)
         else:
             results = self._first_call(key, host_batch, batch)
         self.sums.running, self.sums.batch, rows = results
@@ -53,22 +64,22 @@ class EvaluationStep:
         """Evaluate the batch: waited for on the CPU, started elsewhere."""
         sums = self.sums
         if mx.default_device().type == mx.DeviceType.cpu:
-            mx.eval(sums.running, sums.batch, sums.rows.newest)  # host synchronisation
+            evaluate(sums.running, sums.batch, sums.rows.newest)  # host synchronisation
         else:
             mx.async_eval(sums.running, sums.batch, sums.rows.newest)
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         self._host_batch = host_batch
-        warn_of_many_shapes(self._shapes, key, batch)
+        warn_of_many_shapes(self._shapes, key[0], batch)
         try:
-            return self.sums.growing(lambda: self._batch(key, batch, self.sums.running))
+            return self.sums.growing(lambda: self._batch(key, key[1], batch, self.sums.running))
         except Exception as error:
             error.add_note(f"In the evaluation step, for the batch {describe(batch)}.")
             raise
         finally:
             self._host_batch = None
 
-    def _evaluate(self, batch: Any, running: mx.array) -> Any:
+    def _evaluate(self, variant: bool, batch: Any, running: list[mx.array]) -> Any:
         precision = self._options.precision
         with precision.weights_cast(self._model):
             terms = self._objective(self._model, precision.cast_inputs(batch))
@@ -83,19 +94,30 @@ class PredictionStep:
 
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
         self._model = model
-        self._precision = options.precision
-        state = [model.state, mx.random.state]
-        self._batch = Traced(self._predict, state, [mx.random.state], options.compile)
+        self._options = options
+        self._built_for: Any = None
+
+    def start(self) -> None:
+        """A new pass: compile anew if the model's layers have changed."""
+        if (now := fingerprint(self._model)) != self._built_for:
+            self._built_for = now
+            state = [self._model.state, mx.random.state]
+            self._batch = Traced(self._predict, state, state[1:], self._options.compile)
 
     def __call__(self, host_batch: Any) -> Any:
-        """Outputs, a tree of MLX arrays, not yet evaluated. Targets and weights are ignored."""
+        """Outputs, a tree of evaluated MLX arrays. Targets and weights are ignored."""
         x = to_mlx(unpack(host_batch).x)
+        random_state = RandomState()
         try:
-            return self._batch(signature(x), x)
+            outputs = self._batch(signature(x), x)
+            evaluate(outputs)  # host synchronisation
         except Exception as error:
             error.add_note(f"In the prediction step, for the batch {describe((x,))}.")
             raise
+        finally:
+            random_state.restore()
+        return outputs
 
     def _predict(self, x: Any) -> Any:
-        with self._precision.weights_cast(self._model):
-            return float32(forward(self._model, self._precision.cast(x)))
+        with self._options.precision.weights_cast(self._model):
+            return float32(forward(self._model, self._options.precision.cast(x)))

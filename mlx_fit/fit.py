@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_fit._tree import RandomState
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
+from mlx_fit.data.options import natural
 from mlx_fit.errors import ConfigurationError, NonFiniteLossError, Preempted
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.history import History
 from mlx_fit.logs import Values
-from mlx_fit.loop import evaluation_mode, run_batches
+from mlx_fit.loop import run_batches
+from mlx_fit.passes import evaluate_pass, plain
 from mlx_fit.protocols import Run
 from mlx_fit.signals import Interruption
 from mlx_fit.step import TrainStep
@@ -36,19 +36,12 @@ class Schedule:
     validates_every: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 0),
-            ("initial_epoch", 0),
-            ("max_steps", 1),
-            ("steps_per_epoch", 1),
-            ("validation_steps", 1),
-            ("log_every", 1),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("max_steps", "steps_per_epoch", "validation_steps"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigurationError(f"{name}={value!r}; expected an int of at least {least}.")
+        natural("epochs", self.epochs)
+        natural("initial_epoch", self.initial_epoch)
+        natural("log_every", self.log_every, 1)
+        for name in ("max_steps", "steps_per_epoch", "validation_steps"):
+            if getattr(self, name) is not None:
+                natural(name, getattr(self, name), 1)
         object.__setattr__(self, "validates_every", _steps_of(self.validation_freq))
 
     def validates_after(self, epoch: int) -> bool:
@@ -67,7 +60,7 @@ def _steps_of(validation_freq: Any) -> int | None:
     if isinstance(validation_freq, str) and match and int(match[1]) > 0:
         return int(match[1])
     whole = validation_freq if isinstance(validation_freq, list) else [validation_freq]
-    if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
+    if whole and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
         return None
     raise ConfigurationError(
         f"validation_freq={validation_freq!r}; expected a positive int (every so many epochs), a "
@@ -131,9 +124,10 @@ class Fit:
             self._raise_if_terminated()
             if run.stop_training or self._interruption.name:
                 break
+        callbacks.call("on_train_end", logs)
         if self._interruption.name:
             self._history.stopped_by = self._interruption.name
-        callbacks.call("on_train_end", logs)
+        self._raise_if_terminated()
         return self._history
 
     # --- an epoch ---------------------------------------------------------------------------------
@@ -142,9 +136,9 @@ class Fit:
         """Train one epoch, validate if it is due, record. Empty if a signal cut it short."""
         run, callbacks, step = self._run, self._callbacks, self._step
         self._validated = {}
+        callbacks.call("on_epoch_begin", epoch, {})
         step.start_epoch(run.info.steps_per_epoch)
         self._recorder.start_epoch()
-        callbacks.call("on_epoch_begin", epoch, {})
         batches = self._feed.epoch()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
@@ -173,12 +167,12 @@ class Fit:
 
     def _training_logs(self) -> dict[str, Any]:
         sums = self._step.sums
-        values = dict(Values(sums.layout, sums.running, sums.rows, 0, sums.rows.num_batches))
+        values = dict(sums.values())
         return {key: plain(value) for key, value in values.items() if key not in UPDATE_KEYS}
 
     def _update_logs(self) -> dict[str, Any]:
         sums = self._step.sums
-        values = dict(Values(sums.layout, sums.running, sums.rows, 0, sums.rows.num_batches))
+        values = dict(sums.values())
         logs = {key: values[key] for key in UPDATE_KEYS if key in values}
         if self._step.num_skipped:
             logs["skipped_updates"] = logs.get("skipped_updates", 0.0) + self._step.num_skipped
@@ -263,33 +257,6 @@ class Fit:
         return self._interruption.name is not None
 
 
-def evaluate_pass(
-    run: Run, step: EvaluationStep, batches: Iterator[Any], callbacks: CallbackList, stops: Any
-) -> dict[str, Any]:
-    """One pass of evaluation: its values. Restores modes and the random key."""
-    callbacks.call("on_test_begin", {})
-    step.sums.restart()
-    random_state = RandomState()
-    with evaluation_mode(run.model):
-        run_batches(
-            batches,
-            step,
-            callbacks.bound("on_test_batch_begin"),
-            callbacks.bound("on_test_batch_end"),
-            stops,
-        )
-    random_state.restore()
-    sums = step.sums
-    running = None if sums.batch is None else sums.running
-    values = Values(sums.layout, running, sums.rows, 0, sums.rows.num_batches)
-    logs = {key: plain(value) for key, value in values.items()}
-    if uncounted := [key for key in sums.layout.computes or ["loss"] if key not in logs]:
-        names = ", ".join(uncounted)
-        warnings.warn(f"Evaluated without {names}: the weights of all rows sum to 0.", stacklevel=3)
-    callbacks.call("on_test_end", logs)
-    return logs
-
-
 class StepRecorder:
     """Writes ``history.steps``: means over the steps since the row before.
 
@@ -313,16 +280,11 @@ class StepRecorder:
         if settled is None or settled.num_windows == self._last_window:
             return
         now = settled.sums
-        values = Values(layout, now - self._before, self._step.sums.rows, 0, 0)
+        values = Values(layout, [now - self._before], self._step.sums.rows, 0, 0)
         row = {"step": self._first_step + settled.num_windows, "epoch": epoch}
         row |= {k: values[k] for k in layout.summed if isinstance(values.get(k), float)}
         self._history.steps.append(row)
         self._before, self._last_window = now, settled.num_windows
-
-
-def plain(value: Any) -> Any:
-    """A logged value as Python floats; a matrix as nested lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 UPDATE_KEYS = ("grad_norm", "skipped_updates")

@@ -8,24 +8,18 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_fit._tree import named_arrays
+from mlx_fit.sums import long_sum
 
 
 def global_norm(gradients: Any) -> mx.array:
-    """The L2 norm over all gradients, a float32 scalar.
-
-    Rows are summed first: MLX's CPU sums are naive, and one long sum is off in the second digit.
-    """
-    squares = [_sum_of_squares(g.astype(mx.float32)) for _, g in named_arrays(gradients)]
+    """The L2 norm over all gradients, a float32 scalar."""
+    squares = [long_sum(g.astype(mx.float32).square()) for _, g in named_arrays(gradients)]
     return mx.sqrt(sum(squares[1:], squares[0])) if squares else mx.array(0.0)
-
-
-def _sum_of_squares(gradient: mx.array) -> mx.array:
-    squares = gradient.square()
-    return squares.sum(-1).sum() if squares.ndim > 1 else squares.sum()
 
 
 def clip_by_norm(gradients: Any, norm: mx.array, max_norm: float) -> Any:
     """Scale all gradients down so that their global norm is at most ``max_norm``."""
+    max_norm = float(max_norm)  # NumPy's scalars would pull the norm to the host
     scale = max_norm / mx.maximum(norm, max_norm)
     return tree_map(lambda g: g * scale.astype(g.dtype), gradients)
 

@@ -8,7 +8,7 @@ of a batch into one float32 vector; a :class:`Layout` says which part belongs to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from mlx_fit.errors import ConfigurationError
 
 State = dict[str, np.ndarray]
+Entries = Mapping[str, Mapping[str, mx.array]]
 Compute = Callable[[State], Any]
 
 
@@ -48,18 +49,21 @@ class Layout:
         self.computes: dict[str, Compute] = {}
         self._slices: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
 
-    def pack(
+    def assign(
         self, entries: Mapping[str, Mapping[str, mx.array]], computes: Mapping[str, Compute]
-    ) -> mx.array:
-        """Put the sums of one batch into one float32 vector. Runs while the step is traced."""
-        parts, slices, size = [], dict[str, dict[str, tuple[int, tuple[int, ...]]]](), 0
+    ) -> int:
+        """Give every number of ``entries`` its place, and return how many there are.
+
+        Raises:
+            ConfigurationError: a key that was there before is missing or has another size.
+        """
+        slices: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        size = 0
         for key, state in entries.items():
             slices[key] = {}
             for name, value in state.items():
-                value = mx.array(value, dtype=mx.float32)
                 slices[key][name] = (size, tuple(value.shape))
                 size += value.size
-                parts.append(value.reshape(-1))
         for key, known in self._slices.items():
             if slices.get(key) != known:
                 raise ConfigurationError(
@@ -68,22 +72,16 @@ class Layout:
                 )
         self._slices = slices
         self.computes = dict(computes)
-        return mx.concatenate(parts)
+        return size
 
     @property
     def summed(self) -> list[str]:
         """Keys whose state is a sum, which is all of them but metrics that need every row."""
         return list(self._slices)
 
-    def place(self, entries: Mapping[str, Mapping[str, mx.array]], size: int) -> mx.array:
-        """A vector of ``size`` numbers that holds only ``entries``, zeros elsewhere."""
-        vector = mx.zeros((size,))
-        for key, state in entries.items():
-            for name, value in state.items():
-                start, shape = self._slices[key][name]
-                before, after = start, size - start - math.prod(shape)
-                vector = vector + mx.pad(value.astype(mx.float32).reshape(-1), (before, after))
-        return vector
+    def start(self, key: str, name: str) -> int:
+        """Where the numbers of a state's entry begin in the vector."""
+        return self._slices[key][name][0]
 
     def value(self, key: str, vector: np.ndarray) -> Any:
         """The value of ``key`` from packed float64 sums, or None where nothing was counted."""
@@ -92,6 +90,11 @@ class Layout:
             for name, (start, shape) in self._slices[key].items()
         }
         return self.computes[key](state)
+
+
+def sum_in_float64(vectors: Sequence[mx.array | np.ndarray]) -> np.ndarray:
+    """Packed sums plus their rounding errors, on the host."""
+    return np.sum([np.array(vector, np.float64) for vector in vectors], axis=0)
 
 
 class Rows:
@@ -123,14 +126,19 @@ class Values(Mapping[str, Any]):
 
     Args:
         layout: what the vector holds.
-        sums: packed sums, shape ``(size,)``; or ``(2, size)``, where the second row carries the
-            rounding errors of the first (compensated summation). None: nothing was counted yet.
+        sums: packed sums, and perhaps their rounding errors, each of shape ``(capacity,)``; empty:
+            nothing was counted yet.
         rows: rows of metrics that need every one.
         first, last: which batches of them count.
     """
 
     def __init__(
-        self, layout: Layout, sums: mx.array | np.ndarray | None, rows: Rows, first: int, last: int
+        self,
+        layout: Layout,
+        sums: Sequence[mx.array | np.ndarray],
+        rows: Rows,
+        first: int,
+        last: int,
     ) -> None:
         self._layout = layout
         self._sums = sums
@@ -143,8 +151,7 @@ class Values(Mapping[str, Any]):
     def vector(self) -> np.ndarray:
         """The packed sums in float64. Host synchronisation: waits for the step that made them."""
         if self._vector is None:
-            vector = np.array(self._sums, dtype=np.float64)
-            self._vector = vector.sum(0) if vector.ndim == 2 else vector
+            self._vector = sum_in_float64(self._sums)
         return self._vector
 
     def _value(self, key: str) -> Any:
@@ -153,7 +160,7 @@ class Values(Mapping[str, Any]):
         return self._cache[key]
 
     def _compute(self, key: str) -> Any:
-        if self._sums is None:
+        if not self._sums:
             return None
         if key in self._rows.batches:
             first, last = self._span
@@ -182,67 +189,108 @@ class _CapacityError(Exception):
 class Sums:
     """Running sums of one pass over data, on the device, with what is needed to read them.
 
-    The sums are compensated (Neumaier, "Rundungsfehleranalyse einiger Verfahren zur Summation
-    endlicher Summen", 1974): row 0 is the float32 sum, row 1 its rounding errors.
+    The bookkeeping of a batch is written so that MLX compiles it into one kernel: every number has
+    a lane of one short vector, and only elementwise operations touch it.
+
+    Attributes:
+        running: three vectors: float32 sums; their rounding errors (compensated summation: A.
+            Neumaier, "Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen",
+            1974); and the watch on non-finite losses (see :func:`watch_loss`).
+        lanes: the numbers of the lanes, 0 to ``capacity - 1``.
+        batch: the packed sums of the last batch, None before the first.
+        rows: rows of metrics that need every one.
     """
 
     def __init__(self) -> None:
         self.layout = Layout()
-        self.capacity = 64  # numbers in the packed vector at first; it grows where metrics need it
-        self.running = mx.zeros((2, self.capacity))
+        self.capacity = 32  # lanes at first; they grow where metrics need more
+        self.lanes = mx.arange(self.capacity)  # made here: inside a trace it would be work
+        self.running = self._zeros()
         self.batch: mx.array | None = None
         self.rows = Rows()
 
+    def _zeros(self) -> list[mx.array]:
+        return [mx.zeros((self.capacity,)) for _ in range(3)]
+
     def restart(self) -> None:
         """Forget what was counted."""
-        self.running = mx.zeros((2, self.capacity))
+        self.running = self._zeros()
         self.batch = None
         self.rows = Rows()
 
-    def pack(
-        self, entries: dict[str, dict[str, mx.array]], computes: dict[str, Compute]
-    ) -> mx.array:
-        """The packed vector of a batch, padded to the capacity. Runs while tracing."""
-        vector = self.layout.pack(entries, computes)
-        if vector.size > self.capacity:
-            raise _CapacityError(vector.size)
-        return mx.pad(vector, (0, self.capacity - vector.size))
+    def values(self) -> Values:
+        """Means over the pass so far."""
+        running = () if self.batch is None else self.running[:2]
+        return Values(self.layout, running, self.rows, 0, self.rows.num_batches)
 
-    def place(self, entries: dict[str, dict[str, mx.array]]) -> mx.array:
-        """A packed vector that holds only ``entries``, known from earlier, and zeros elsewhere."""
-        return self.layout.place(entries, self.capacity)
+    def pack(self, entries: Entries, computes: Mapping[str, Compute]) -> mx.array:
+        """The vector of a batch. Runs while tracing."""
+        size = self.layout.assign(entries, computes)
+        if size > self.capacity:
+            raise _CapacityError(size)
+        return self.place(entries)
+
+    def place(self, entries: Entries) -> mx.array:
+        """A vector with ``entries`` in their lanes and zeros elsewhere. Runs while tracing."""
+        parts = []
+        for key, state in entries.items():
+            for name, value in state.items():
+                start, value = self.layout.start(key, name), value.astype(mx.float32)
+                if value.ndim == 0:
+                    parts.append(mx.where(self.lanes == start, value, 0.0))
+                else:
+                    padding = (start, self.capacity - start - value.size)
+                    parts.append(mx.pad(value.reshape(-1), padding))
+        while len(parts) > 1:  # a tree, because compiled kernels have a limited depth
+            pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+            parts = pairs + parts[len(parts) - len(parts) % 2 :]
+        return parts[0]
 
     def growing(self, trace: Callable[[], Any]) -> Any:
-        """Call what packs, with a longer vector if this one proves too short."""
+        """Call what packs, with more lanes if these prove too few."""
         try:
             return trace()
         except _CapacityError as error:
-            wider = -(-error.needed // 64) * 64
-            self.running = mx.pad(self.running, [(0, 0), (0, wider - self.capacity)])
-            self.capacity = wider
+            wider = -(-error.needed // 32) * 32
+            self.running = [mx.pad(part, (0, wider - self.capacity)) for part in self.running]
+            self.capacity, self.lanes = wider, mx.arange(wider)
             return trace()
 
 
-def add(running: mx.array, vector: mx.array) -> mx.array:
+def add(running: list[mx.array], vector: mx.array) -> list[mx.array]:
     """Add a batch's vector to the running sums without losing small contributions."""
-    total, lost = running[0], running[1]
+    total, lost, watch = running
     new = total + vector
     back = new - total
     error = (total - (new - back)) + (vector - back)
     # A non-finite sum has no meaningful error term.
-    return mx.stack([new, lost + mx.where(mx.isfinite(new), error, 0.0)])
+    return [new, lost + mx.where(mx.isfinite(new), error, 0.0), watch]
+
+
+def watch_loss(
+    watch: mx.array, lanes: mx.array, is_bad: mx.array, loss: mx.array, ends_window: bool
+) -> mx.array:
+    """Note a bad loss without a branch or a look: where it happened, and what it was.
+
+    Lane 0 counts windows without a bad loss, and at the first bad one turns to minus its number
+    (1-based), where it stays. Lane 1 holds the bad loss.
+    """
+    count = mx.where(is_bad, -watch - 1, watch + 1 if ends_window else watch)
+    first = mx.where(watch < 0, watch, count)
+    value = mx.where(mx.logical_and(is_bad, watch == 0), loss, watch)
+    return mx.where(lanes == 0, first, mx.where(lanes == 1, value, watch))
 
 
 class Logs(MutableMapping[str, Any]):
     """What a batch hook is told, read from the device only when it is asked for.
 
-    ``logs["loss"]`` is the mean so far, ``logs.batch["loss"]`` this batch's own. One
-    object is shared by all callbacks of one call, and they may add to it.
+    ``logs["loss"]`` is the mean so far, ``logs.batch["loss"]`` this batch's own. One object
+    is shared by all callbacks of one call, and they may add to it.
     """
 
     def __init__(self, sums: Sums) -> None:
         self._layout = sums.layout
-        self._sums = sums.running, sums.batch
+        self._running, self._batch = sums.running, sums.batch
         self._rows = sums.rows
         self._num_batches = sums.rows.num_batches
         self._own: dict[str, Any] = {}
@@ -251,14 +299,15 @@ class Logs(MutableMapping[str, Any]):
     @cached_property
     def running(self) -> Values:
         """Means over the pass so far."""
-        running = None if self._sums[1] is None else self._sums[0]
+        running = () if self._batch is None else self._running[:2]
         return Values(self._layout, running, self._rows, 0, self._num_batches)
 
     @cached_property
     def batch(self) -> Values:
         """The last batch's own values."""
         last = self._num_batches
-        return Values(self._layout, self._sums[1], self._rows, max(last - 1, 0), last)
+        batch = () if self._batch is None else (self._batch,)
+        return Values(self._layout, batch, self._rows, max(last - 1, 0), last)
 
     def __getitem__(self, key: str) -> Any:
         if key in self._own:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
-
-import mlx.nn as nn
 
 from mlx_fit.logs import Logs, Sums
 
@@ -54,35 +51,3 @@ def run_batches(
         if is_over():
             break
     return count
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, each in its own mode again outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        _set_modes(modes)
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """The model in training mode inside, each module in its own mode again outside.
-
-    A model whose root is in evaluation mode (mlx-lm loads them so) is put into training mode as a
-    whole; otherwise modules that the user put into evaluation mode stay there.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
-        yield
-    finally:
-        _set_modes(modes)
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module._set_training_mode(training)

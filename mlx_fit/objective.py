@@ -26,6 +26,7 @@ from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Compute, divide
 from mlx_fit.losses import Loss
 from mlx_fit.metrics import Metric
+from mlx_fit.sums import long_sum
 
 State = dict[str, mx.array]
 HALF = (mx.float16, mx.bfloat16)
@@ -75,7 +76,13 @@ class Terms:
 
 
 class Objective(ABC):
-    """What a trainer minimises."""
+    """What a trainer minimises.
+
+    Attributes:
+        variant: what a trace depends on beside shapes; :meth:`host_weight` sets it for its batch.
+    """
+
+    variant: bool
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
@@ -91,6 +98,10 @@ class Objective(ABC):
             DataError: a class label is out of range, which MLX itself would not notice.
         """
 
+    @abstractmethod
+    def start(self) -> None:
+        """A new run: forget what earlier traces told of the model."""
+
     @property
     @abstractmethod
     def directions(self) -> dict[str, bool | None]:
@@ -104,32 +115,29 @@ class FunctionObjective(Objective):
     """
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self.variant = False
         self._function = function
         self._names: set[str] = set()
-        self._counts_on_device = False
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         result = self._function(model, batch)
         if isinstance(result, Sums):
             return self._from_sums(result)
         loss, named = result if isinstance(result, tuple) else (result, {})
-        _require_scalar("The objective's loss", loss)
+        loss = _scalar("The objective's loss", loss)
         weight = num_rows(batch)
         terms = Terms(loss.astype(mx.float32), weight)
         terms.count("loss", loss, weight)
         for name, value in named.items():
-            value = mx.array(value)
-            _require_scalar(f"The objective's {name!r}", value)
-            terms.count(name, value, weight)
+            terms.count(name, _scalar(f"The objective's {name!r}", mx.array(value)), weight)
         self._names.update(named)
         return terms
 
     def _from_sums(self, sums: Sums) -> Terms:
-        self._counts_on_device = isinstance(sums.weight, mx.array)
-        _require_scalar("Sums.loss", sums.loss)
-        mean = sums.loss.astype(mx.float32) * _reciprocal(sums.weight)
+        loss = _scalar("Sums.loss", sums.loss)
+        mean = loss.astype(mx.float32) * _reciprocal(sums.weight)
         terms = Terms(mean, sums.weight)
-        terms.states["loss"] = _pair(sums.loss, sums.weight)
+        terms.states["loss"] = _pair(loss, sums.weight)
         terms.computes["loss"] = divide
         for name, (value, weight) in sums.metrics.items():
             terms.states[name] = _pair(value, weight)
@@ -138,8 +146,11 @@ class FunctionObjective(Objective):
         return terms
 
     def host_weight(self, batch: Any) -> float | None:
-        """Rows, unless the function returned :class:`Sums` weighed on the device."""
-        return None if self._counts_on_device else 1.0
+        """Unknown: the function may return :class:`Sums` that are weighed on the device."""
+        return None
+
+    def start(self) -> None:
+        """Nothing is known of the model."""
 
     @property
     def directions(self) -> dict[str, bool | None]:
@@ -167,6 +178,7 @@ class Supervised(Objective):
         loss_weights: Mapping[str, float] | None = None,
         metrics: Any = (),
     ) -> None:
+        self.variant = False  # whether some labels of the batch may be ignored
         self._named = isinstance(loss, Mapping)
         if self._named and not loss:
             raise ConfigurationError("loss={} names no output; give at least one.")
@@ -197,7 +209,7 @@ class Supervised(Objective):
         for name, loss in self._losses.items():
             output, target = _pick(outputs, name, "outputs"), _pick(y, name, "targets")
             weight = weights[name] if isinstance(weights, dict) else weights
-            mask = loss.mask(target, output)
+            mask = loss.mask(target, output) if self.variant else None
             if loss.class_indices:
                 is_labels = loss.is_labels(target, output)
                 self._num_classes[name] = output.shape[-1] if is_labels else NOT_LABELS
@@ -240,6 +252,10 @@ class Supervised(Objective):
         (terms.rows if metric.collects else terms.states)[key] = state
         terms.computes[key] = metric.compute
 
+    def start(self) -> None:
+        """The model may have another number of classes now."""
+        self._num_classes = {}
+
     # --- on the host ------------------------------------------------------------------------------
 
     def host_weight(self, batch: Any) -> float | None:
@@ -251,25 +267,26 @@ class Supervised(Objective):
         if self._named:
             return self._named_weight(y, weights)
         loss, num_classes = self._losses[""], self._num_classes.get("")
-        num_counted: float | None = None
-        if loss.class_indices and num_classes != NOT_LABELS:
-            if isinstance(y, mx.array):
-                return None if loss.ignore_index is not None else _host_sum(weights)
-            y = y if type(y) is np.ndarray else np.asarray(y)
-            if y.dtype.kind in "iu":
-                num_counted = loss.check(y, num_classes)
-        if weights is None or num_counted is None:
-            return (
-                num_counted if weights is None and num_counted is not None else _host_sum(weights)
-            )
-        if num_counted < y.size and not isinstance(weights, mx.array):
-            # Some targets are ignored: their weights must not count.
-            weights = np.asarray(weights)
-            counts = (y != loss.ignore_index).reshape(*weights.shape, -1).any(-1)
-            return float((weights * counts).sum())
+        if not loss.class_indices or num_classes == NOT_LABELS:
+            self.variant = loss.ignore_index is not None
+            return _host_sum(weights)
+        if isinstance(y, mx.array):
+            self.variant = loss.ignore_index is not None
+            return None if self.variant else _host_sum(weights)
+        y = y if type(y) is np.ndarray else np.asarray(y)
+        if y.dtype.kind not in "iu":
+            self.variant = False
+            return _host_sum(weights)
+        num_counted = loss.check(y, num_classes)
+        self.variant = num_counted < y.size
+        if weights is None or num_counted == 0:
+            return num_counted
+        if self.variant and not isinstance(weights, mx.array):
+            return _sum_of_counted(np.asarray(weights), y != loss.ignore_index)
         return _host_sum(weights)
 
     def _named_weight(self, y: Any, weights: Any) -> float | None:
+        self.variant = any(loss.ignore_index is not None for loss in self._losses.values())
         for name, loss in self._losses.items():
             target = y.get(name) if isinstance(y, dict) else None
             num_classes = self._num_classes.get(name)
@@ -318,6 +335,18 @@ def as_objective(loss: Any, metric_specs: Any, objective: Any) -> Objective | No
     return FunctionObjective(objective)
 
 
+def direction_of(
+    objective: Objective | None, key: str, validation_sets: Sequence[str]
+) -> bool | None:
+    """Whether a higher value of a logged key is better, ``val_`` keys included; None: unknown."""
+    known = {} if objective is None else objective.directions
+    prefixes = ["", "val_", *(f"val_{name}_" for name in validation_sets if name)]
+    for prefix in prefixes:
+        if key.startswith(prefix) and key.removeprefix(prefix) in known:
+            return known[key.removeprefix(prefix)]
+    return None
+
+
 def forward(model: nn.Module, x: Any) -> Any:
     """``model(**x)`` for a dict of inputs, else ``model(x)``."""
     return model(**x) if isinstance(x, dict) else model(x)
@@ -330,7 +359,10 @@ def float32(outputs: Any) -> Any:
     if isinstance(outputs, dict):
         return {key: float32(value) for key, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
-        return [float32(value) for value in outputs]
+        values = [float32(value) for value in outputs]
+        if isinstance(outputs, list):
+            return values
+        return type(outputs)(*values) if hasattr(outputs, "_fields") else tuple(values)
     return outputs
 
 
@@ -364,8 +396,8 @@ def mean_loss(
         return _mean_beyond(loss, 1).mean(), rows
     weights = _element_weights(loss, weights, mask)
     weighted = _mean_beyond(loss, weights.ndim) * weights
-    total = _sum(weights)
-    return _sum(weighted) * _reciprocal(total), total
+    total = long_sum(weights)
+    return long_sum(weighted) * _reciprocal(total), total
 
 
 def metric_weights(weights: mx.array | None, mask: mx.array | None, rows: int) -> mx.array:
@@ -400,16 +432,18 @@ def _mean_beyond(values: mx.array, num_axes: int) -> mx.array:
     return values.mean(tuple(range(num_axes, values.ndim))) if values.ndim > num_axes else values
 
 
-def _sum(values: mx.array) -> mx.array:
-    # Rows first: MLX's CPU sums are naive, and long ones lose digits.
-    return values.sum(-1).sum() if values.ndim > 1 else values.sum()
-
-
 def _reciprocal(weight: mx.array | float) -> mx.array | float:
     if isinstance(weight, mx.array):
         weight = weight.astype(mx.float32)
         return 1.0 / mx.where(weight > 0, weight, 1.0)
     return 1.0 / weight if weight > 0 else 0.0
+
+
+def _sum_of_counted(weights: np.ndarray, counts: np.ndarray) -> float:
+    """The weights of targets that are not ignored. A clash of shapes is left to the trace."""
+    if weights.shape != counts.shape[: weights.ndim]:
+        return float(weights.sum())
+    return float((weights * counts.reshape(*weights.shape, -1).any(-1)).sum())
 
 
 def _host_sum(weights: Any) -> float | None:
@@ -423,12 +457,13 @@ def _pair(total: mx.array, weight: mx.array | float) -> State:
     return {"sum": mx.array(total, mx.float32), "weight": mx.array(weight, mx.float32)}
 
 
-def _require_scalar(what: str, value: Any) -> None:
+def _scalar(what: str, value: Any) -> mx.array:
     if not isinstance(value, mx.array) or value.size != 1:
         found = tuple(value.shape) if isinstance(value, mx.array) else type(value).__name__
         raise ConfigurationError(
             f"{what} is {found}; expected a scalar mx.array: a mean, or Sums(loss, weight)."
         )
+    return value.reshape(())
 
 
 def _by_output(spec: Any, get: Callable[[Any], Loss]) -> dict[str, Loss]:

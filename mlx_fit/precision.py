@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
-from mlx_fit._tree import leaves, named_arrays
+from mlx_fit._tree import assign, leaves, named_arrays
 from mlx_fit.errors import ConfigurationError
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -66,7 +66,7 @@ class Precision:
             (k, v.astype(self.weights_dtype)) for k, v in named if v.dtype != self.weights_dtype
         ]
         if wrong:
-            model.update(tree_unflatten(wrong))
+            assign(model, wrong)
 
     def cast(self, tree: Any) -> Any:
         """Floating-point arrays of a tree in the dtype of the forward pass."""
@@ -93,11 +93,15 @@ class Precision:
             yield
             return
         originals = weights_of(model)
-        model.update(tree_unflatten([(k, v.astype(self.compute_dtype)) for k, v in originals]))
+        cast = [(name, value.astype(self.compute_dtype)) for name, value in originals]
+        assign(model, cast)
         try:
             yield
         finally:
-            model.update(tree_unflatten(originals))
+            now = dict(named_arrays(model.parameters()))
+            # What the forward pass replaced is a buffer of the user's own, and stays.
+            kept = [now.get(name) is value for name, value in cast]
+            assign(model, [o for o, is_kept in zip(originals, kept, strict=True) if is_kept])
 
 
 POLICIES = {

@@ -51,6 +51,7 @@ class Run(Protocol):
     optimizer: Any
     epoch: int
     stop_training: bool
+    stop_predicting: bool
     quiet_on_nonfinite: bool
     info: RunInfo
 

@@ -22,7 +22,8 @@ def watched(interruption: Interruption) -> Iterator[None]:
     """Note SIGINT and SIGTERM in ``interruption``; earlier handlers are put back at the end.
 
     A second SIGINT raises ``KeyboardInterrupt`` at once. The user's own SIGTERM handler runs as
-    well. Outside the main thread Python allows no handlers, and nothing happens.
+    well. A signal that is ignored (as under ``nohup``) stays ignored. Outside the main thread
+    Python allows no handlers, and nothing happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -42,7 +43,7 @@ def watched(interruption: Interruption) -> Iterator[None]:
     handlers = {signal.SIGINT: on_interrupt, signal.SIGTERM: on_terminate}
     for number, handler in handlers.items():
         # A handler that Python did not install reads as None and could not be put back.
-        if signal.getsignal(number) is not None:
+        if signal.getsignal(number) not in (None, signal.SIG_IGN):
             earlier[number] = signal.signal(number, handler)
     try:
         yield

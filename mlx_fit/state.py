@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
-from mlx_fit._tree import named_arrays
+from mlx_fit._tree import assign, named_arrays
 from mlx_fit.errors import CheckpointError, CheckpointMismatchError, CheckpointWriteError
 
 INEXACT = mx.inexact
@@ -36,11 +35,9 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".safetensors")
-        staged = Path(name)
+        staged = path.with_name(f".tmp-{uuid.uuid4().hex}.safetensors")
         try:
-            os.fchmod(handle, 0o666 & ~_umask())
-            os.close(handle)
+            staged.touch(exist_ok=False)  # with the user's umask; MLX asks for less
             mx.save_safetensors(str(staged), dict(arrays), metadata={"format": "mlx"})
             _sync(staged)
             staged.replace(path)
@@ -108,7 +105,26 @@ def load_parameters(
             misshapen=misshapen,
         )
     fitting = [(n, a.astype(mine[n].dtype)) for n, a in arrays.items() if n in mine]
-    model.update(tree_unflatten(fitting))
+    assign(model, fitting)
+
+
+def load_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
+    """Put arrays into an initialised optimizer's state, in place: all of them, or none.
+
+    Raises:
+        CheckpointMismatchError: the state is another optimizer's, or another model's.
+    """
+    mine = dict(named_arrays(optimizer.state))
+    missing, extra = sorted(mine.keys() - arrays.keys()), sorted(arrays.keys() - mine.keys())
+    if missing or extra:
+        raise CheckpointMismatchError(
+            f"The optimizer's state does not fit: missing {', '.join(missing) or 'nothing'}; extra "
+            f"{', '.join(extra) or 'nothing'}. Use the optimizer, and freeze what was frozen, when "
+            "it was saved.",
+            missing=missing,
+            extra=extra,
+        )
+    assign(optimizer.state, arrays.items())
 
 
 def _sync(path: Path) -> None:
@@ -117,9 +133,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -4,15 +4,15 @@ This is the only place that calls ``mx.compile``. What MLX leaves to its caller 
 state is captured as inputs and outputs, the optimizer is initialised first, the functions are
 rebuilt when what is trainable changes, and an exception while tracing leaves no tracer behind.
 
-May import: ``objective``.
+May import: ``objective``, ``options``.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,57 +21,18 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
-from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
-from mlx_fit.batch import describe, signature, to_mlx
-from mlx_fit.errors import ConfigurationError
-from mlx_fit.logs import Sums, add, divide, nonzero_total, total
+from mlx_fit._tree import RandomState, leaves, named_arrays, restore, select, snapshot
+from mlx_fit.batch import describe, num_rows, signature, to_mlx
+from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.logs import Sums, add, divide, nonzero_total, sum_in_float64, total, watch_loss
+from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
-from mlx_fit.precision import POLICIES, Precision, next_scale, warn_of_promotion
+from mlx_fit.options import StepOptions
+from mlx_fit.precision import next_scale, warn_of_promotion
+from mlx_fit.rates import RateGuard
 
 MAX_SHAPES = 32
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """How a batch becomes an update.
-
-    Attributes:
-        gradient_accumulation: batches to an update.
-        clip_norm, clip_value: clipping of the averaged gradient; None: none.
-        precision: the policy of :mod:`mlx_fit.precision`.
-        compile: False runs the same functions eagerly.
-        nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
-    """
-
-    gradient_accumulation: int = 1
-    clip_norm: float | None = None
-    clip_value: float | None = None
-    precision: Precision = POLICIES["float32"]
-    compile: bool = True
-    nonfinite: str = "raise"
-
-    def __post_init__(self) -> None:
-        count = self.gradient_accumulation
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ConfigurationError(
-                f"gradient_accumulation={count!r}; expected a whole number of batches, at least 1."
-            )
-        for name in ("clip_norm", "clip_value"):
-            limit = getattr(self, name)
-            if limit is not None and not limit > 0:
-                raise ConfigurationError(f"{name}={limit!r}; expected a positive number or None.")
-        if self.clip_norm is not None and self.clip_value is not None:
-            raise ConfigurationError("Give clip_norm= or clip_value=, not both.")
-        if self.nonfinite not in ("raise", "skip", "ignore"):
-            raise ConfigurationError(
-                f"nonfinite={self.nonfinite!r}; expected 'raise', 'skip' or 'ignore'."
-            )
-
-    @property
-    def masks_bad_batches(self) -> bool:
-        """Whether a batch with non-finite loss or gradients is undone inside the step."""
-        return self.nonfinite == "skip" or self.precision.scales_loss
 
 
 class Traced:
@@ -116,9 +77,10 @@ class Traced:
             self._put_back(saved)
             random_state.restore()
             raise
+        has_grown = [[*names(part)] for part in self._state[:-1]] != [[*names(p)] for p in saved]
         if self._keeps:
             self._put_back(saved)
-        if self._compiles:
+        if self._compiles and not has_grown:  # a forward pass that stores arrays is traced again
             self.seen.add(key)
         return results
 
@@ -131,16 +93,17 @@ class Settled:
     """What a finished step knew. Reading it copies from the device but waits for nothing.
 
     Attributes:
-        sums: the packed running sums, float64.
+        sums: the packed running sums of the epoch, float64.
         num_windows: windows closed by then, over the whole fit.
         bad_window: the first of them (1-based) with a non-finite loss, 0 if there was none.
         bad_loss: its loss.
     """
 
-    def __init__(self, running: mx.array, watch: mx.array) -> None:
-        self.sums = np.array(running, dtype=np.float64).sum(0)
-        windows, first, self.bad_loss = np.array(watch).tolist()
-        self.num_windows, self.bad_window = int(windows), int(first)
+    def __init__(self, running: list[mx.array], num_windows: int, first_window: int) -> None:
+        self.sums = sum_in_float64(running[:2])
+        self.num_windows = num_windows
+        count, self.bad_loss = np.array(running[2])[:2].tolist()
+        self.bad_window = first_window - int(count) if count < 0 else 0
 
 
 class TrainStep:
@@ -163,7 +126,7 @@ class TrainStep:
         objective: Objective,
         options: StepOptions,
         scaling: dict[str, mx.array],
-        logs_grad_norm: bool = False,
+        checks_promotion: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -176,9 +139,7 @@ class TrainStep:
         self._num_batches_left = -1
         self._scaling = scaling
         self._is_fused = options.gradient_accumulation == 1
-        self._logs_grad_norm = logs_grad_norm or options.clip_norm is not None
-        # [windows so far, first bad window (0: none), its loss]: the watch on non-finite losses
-        self._watch = mx.array([0.0, 0.0, float("nan")])
+        self._checks_promotion = checks_promotion
         self._window: list[Any] = []
         self._num_in_window = 0
         self._weight_on_host = True
@@ -186,8 +147,9 @@ class TrainStep:
             False  # set while tracing: only the device knows whether a batch counts
         )
         self._host_batch: Any = None
-        self._in_flight: deque[tuple[mx.array, mx.array]] = deque()
-        self._settled: tuple[mx.array, mx.array] | None = None
+        self._in_flight: deque[tuple[list[mx.array], int]] = deque()
+        self._settled: tuple[list[mx.array], int] | None = None
+        self._first_window = 0  # windows before this epoch
         self._is_async = mx.default_device().type != mx.DeviceType.cpu
         self._shapes: dict[Any, str] = {}
         self._old_traces = 0
@@ -197,18 +159,19 @@ class TrainStep:
 
     def _build(self) -> None:
         _check_trainables(self.model)
+        self.objective.start()
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
-        self._built_for = _trainables(self.model)
+        self._built_for = fingerprint(self.model)
         self._state = [self.model.state, self.optimizer.state, self._scaling, mx.random.state]
         compiles = self.options.compile
         batch_function = self._update_from if self._is_fused else self._accumulate_from
         self._batch = Traced(batch_function, self._state, self._state, compiles)
         self._flush = Traced(self._update_from_window, self._state, self._state, compiles)
-        self._scheduled = [o.state for o in optimizers_of(self.optimizer) if has_schedule(o)]
-        self._known_rates = [state["learning_rate"] for state in self._scheduled]
+        self._rates = RateGuard(self.optimizer)
 
     def _rebuild(self) -> None:
+        self._rates.check()
         self._old_traces = self.num_traces
         self._build()
 
@@ -225,9 +188,12 @@ class TrainStep:
                 window. Otherwise the caller calls :meth:`close_window` when they have ended.
         """
         self.sums.restart()
+        self._batch.seen.clear()  # callbacks may have changed arrays: guard the first calls
         self._num_batches_left = -1 if num_batches is None else num_batches
+        self._first_window = self.num_windows
+        self._settled = None
         self.num_skipped = 0
-        if _trainables(self.model) != self._built_for:
+        if fingerprint(self.model) != self._built_for:
             self._rebuild()
 
     # --- a batch, on the host ---------------------------------------------------------------------
@@ -239,19 +205,17 @@ class TrainStep:
             self._weight_on_host = False
             self._rebuild()
         if weight != 0.0:
-            if self._scheduled:
-                self._check_rates()
+            if self._rates.is_needed:
+                self._rates.check()
             arrays, sums = to_mlx(batch), self.sums
-            key = (signature(arrays), len(self._window))
+            key = (signature(arrays), len(self._window), self.objective.variant)
             if key in self._batch.seen:
-                results = self._batch.function(arrays, self._window, sums.running, self._watch)
+                results = self._batch.function(key[2], arrays, self._window, sums.running)
             else:
                 results = self._first_call(key, batch, arrays)
-            self._window, sums.running, self._watch, sums.batch, rows = results
+            self._window, sums.running, sums.batch, rows = results
             if rows:
                 sums.rows.append(rows)
-            if self._scheduled:
-                self._known_rates = [state["learning_rate"] for state in self._scheduled]
         self._num_batches_left -= 1
         if self._is_fused and weight != 0.0:
             self.num_windows += 1  # in line: the usual case, and calls are counted
@@ -274,10 +238,13 @@ class TrainStep:
         self._host_batch = host_batch
         warn_of_many_shapes(self._shapes, key[0], batch)
         try:
-            if self._old_traces + self._batch.num_traces == 0:
+            if num_rows(batch) == 0:
+                raise DataError("The batch has no rows. Leave empty batches out of the data.")
+            if self._checks_promotion:
+                self._checks_promotion = False
                 self._warn_of_promotion(batch)
             return self.sums.growing(
-                lambda: self._batch(key, batch, self._window, self.sums.running, self._watch)
+                lambda: self._batch(key, key[2], batch, self._window, self.sums.running)
             )
         except Exception as error:
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
@@ -288,9 +255,7 @@ class TrainStep:
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""
         if self._window:
-            self.sums.running, self._watch = self._flush(
-                0, self._window, self.sums.running, self._watch
-            )
+            self.sums.running = self._flush(0, self._window, self.sums.running)
             self._window = []
         else:
             self._skip_window()
@@ -301,60 +266,58 @@ class TrainStep:
     def _skip_window(self) -> None:
         """Count a window whose weight the host knows to be 0; nothing was dispatched."""
         self.num_skipped += 1
-        self._watch = self._watch + mx.array([1.0, 0.0, 0.0])
-
-    def _check_rates(self) -> None:
-        for state, known in zip(self._scheduled, self._known_rates, strict=True):
-            if state["learning_rate"] is not known:
-                raise ConfigurationError(
-                    "optimizer.learning_rate was assigned, but the optimizer has a schedule, which "
-                    "would overwrite it at the next update. Give the optimizer a plain number, or "
-                    "put the change into the schedule."
-                )
+        added, lost, watch = self.sums.running
+        noted = watch_loss(watch, self.sums.lanes, mx.array(False), mx.array(0.0), ends_window=True)
+        self.sums.running = [added, lost, noted]
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
         sums = self.sums
-        live = self._state, self._window, self._watch, sums.running, sums.batch, sums.rows.newest
+        if self._rates.is_needed:
+            self._rates.note()
+        live = self._state, self._window, sums.running, sums.batch, sums.rows.newest
         if not self._is_async:
-            mx.eval(*live)  # host synchronisation, the one of a step
-            self._settled = sums.running, self._watch
+            evaluate(*live)  # host synchronisation, the one of a step
+            self._settled = sums.running, self.num_windows
             return
         mx.async_eval(*live)
-        self._in_flight.append((sums.running, self._watch))
+        self._in_flight.append((sums.running, self.num_windows))
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._settled = self._in_flight.popleft()
-            mx.eval(*self._settled)  # host synchronisation with the step before the last
+            mx.eval(self._settled[0])  # host synchronisation with the step before the last
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""
         self._in_flight.clear()
-        self._settled = self.sums.running, self._watch
-        mx.eval(*self._settled)  # host synchronisation, once an epoch
+        self._settled = self.sums.running, self.num_windows
+        mx.eval(self.sums.running)  # host synchronisation, once an epoch
 
     @property
     def settled(self) -> Settled | None:
-        """The newest step that the device has finished, None before the first."""
-        return None if self._settled is None else Settled(*self._settled)
+        """The newest step of this epoch that the device has finished, None before the first."""
+        return None if self._settled is None else Settled(*self._settled, self._first_window)
 
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
     def _update_from(
-        self, batch: Any, window: list[Any], running: mx.array, watch: mx.array
+        self, variant: bool, batch: Any, window: list[Any], running: list[mx.array]
     ) -> Any:
-        """Gradients and update in one function: a window of one batch."""
+        """Gradients and update in one function: a window of one batch.
+
+        ``variant`` is here for MLX, which compiles anew for each value of a Python argument.
+        """
         terms, gradients, is_good = self._gradients(batch)
         conditions = [] if is_good is None else [is_good]
         if self._masks_weight:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
         entries = self._update(gradients, conditions, overflowed)
-        vector = self._pack(terms, is_good, entries)
-        watch = self._watch_loss(watch, terms.mean, ends_window=True)
-        return window, add(running, vector), watch, vector, terms.rows
+        vector = self._pack(terms, entries)
+        running = self._watched(add(running, vector), terms.mean, ends_window=True)
+        return window, running, vector, terms.rows
 
     def _accumulate_from(
-        self, batch: Any, window: list[Any], running: mx.array, watch: mx.array
+        self, variant: bool, batch: Any, window: list[Any], running: list[mx.array]
     ) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
         terms, gradients, is_good = self._gradients(batch)
@@ -368,11 +331,11 @@ class TrainStep:
         if window:
             weighted = tree_map(mx.add, window[0], weighted)
             weight, num_bad = window[1] + weight, window[2] + num_bad
-        vector = self._pack(terms, is_good, self._no_update())
-        watch = self._watch_loss(watch, terms.mean, ends_window=False)
-        return [weighted, weight, num_bad], add(running, vector), watch, vector, terms.rows
+        vector = self._pack(terms, self._no_update())
+        running = self._watched(add(running, vector), terms.mean, ends_window=False)
+        return [weighted, weight, num_bad], running, vector, terms.rows
 
-    def _update_from_window(self, window: list[Any], running: mx.array, watch: mx.array) -> Any:
+    def _update_from_window(self, window: list[Any], running: list[mx.array]) -> Any:
         """The update of an accumulated window: one division by its whole weight."""
         gradients, weight, num_bad = window
         conditions, overflowed = [], None
@@ -384,9 +347,8 @@ class TrainStep:
             conditions.append(mx.logical_not(overflowed))
         gradients = tree_map(lambda g: g / weight, gradients)
         entries = self._update(gradients, conditions, overflowed)
-        vector = self.sums.place(entries)
-        watch = self._watch_loss(watch, mx.array(0.0), ends_window=True)
-        return add(running, vector), watch
+        running = add(running, self.sums.place(entries)) if entries else running
+        return self._watched(running, mx.array(0.0), ends_window=True)
 
     def _gradients(self, batch: Any) -> tuple[Terms, Any, mx.array | None]:
         """Terms, gradients of the mean loss, and whether both are finite (None: not asked)."""
@@ -403,9 +365,11 @@ class TrainStep:
             return found[-1].mean if scale is None else found[-1].mean * scale
 
         gradients = mx.grad(scaled_loss)(parameters, batch)
+        check_no_new_parameters(model, parameters)
         model.update(parameters)  # the transform leaves its own arrays in the model
         terms = found[-1]
-        self._masks_weight = isinstance(terms.weight, mx.array) and not self._weight_on_host
+        if isinstance(terms.weight, mx.array) and not self._weight_on_host:
+            self._masks_weight = True
         if self._host_batch is not None:
             self.objective.host_weight(self._host_batch)  # the number of classes is known now
         if scale is not None:
@@ -422,8 +386,9 @@ class TrainStep:
         """Clip and apply averaged gradients where all conditions hold; what to log about it."""
         options, model = self.options, self.model
         entries = self._no_update()
-        norm = grad.global_norm(gradients) if self._logs_grad_norm else None
-        if options.clip_norm is not None and norm is not None:
+        norm: mx.array | None = None
+        if options.clip_norm is not None:
+            norm = grad.global_norm(gradients)
             gradients = grad.clip_by_norm(gradients, norm, options.clip_norm)
         if options.clip_value is not None:
             gradients = grad.clip_by_value(gradients, options.clip_value)
@@ -451,45 +416,39 @@ class TrainStep:
         """Entries of the packed vector that only an update fills."""
         zero = mx.array(0.0)
         entries: dict[str, dict[str, mx.array]] = {}
-        if self._logs_grad_norm:
+        if self.options.clip_norm is not None:
             entries["grad_norm"] = {"sum": zero, "weight": zero}
         if self.options.masks_bad_batches or self._masks_weight:
             entries["skipped_updates"] = {"sum": zero}
         return entries
 
-    def _pack(
-        self, terms: Terms, is_good: mx.array | None, entries: dict[str, dict[str, mx.array]]
-    ) -> mx.array:
+    def _pack(self, terms: Terms, entries: dict[str, dict[str, mx.array]]) -> mx.array:
         computes = dict(terms.computes)
         if "grad_norm" in entries:
             computes["grad_norm"] = divide
         if "skipped_updates" in entries:
             computes["skipped_updates"] = total if self.options.masks_bad_batches else nonzero_total
         states = terms.states
-        if is_good is not None:
+        if self.options.masks_bad_batches:
             # Gradients alone may overflow: then the loss still counts.
             is_finite = mx.isfinite(terms.mean)
-            states = tree_map(lambda value: mx.where(is_finite, value, 0.0), states)
+            keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
+            states, terms.rows = keep(states), keep(terms.rows)
         return self.sums.pack(states | entries, computes)
 
-    def _watch_loss(self, watch: mx.array, mean: mx.array, *, ends_window: bool) -> mx.array:
-        windows, first, value = watch[0], watch[1], watch[2]
-        if self.options.nonfinite != "raise":
-            return mx.stack([windows + ends_window, first, value])
+    def _watched(self, running: list[mx.array], mean: mx.array, ends_window: bool) -> Any:
+        added, lost, watch = running
         if self._scaling:
             # With a loss scale an overflow is no error, until the scale has nowhere left to go.
             is_bad = self._scaling["scale"] < 1
-        else:
+        elif self.options.nonfinite == "raise":
             is_bad = mx.logical_not(mx.isfinite(mean))
-        is_first = mx.logical_and(is_bad, first == 0)
-        first = mx.where(is_first, windows + 1, first)
-        value = mx.where(is_first, mean, value)
-        return mx.stack([windows + ends_window, first, value])
+        else:
+            return running
+        return [added, lost, watch_loss(watch, self.sums.lanes, is_bad, mean, ends_window)]
 
     def _warn_of_promotion(self, batch: Any) -> None:
         precision = self.options.precision
-        if not precision.name.startswith("mixed"):
-            return
         saved, key = snapshot(self.model.state), RandomState()
 
         def run_forward() -> None:
@@ -506,16 +465,6 @@ class TrainStep:
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def optimizers_of(optimizer: Any) -> list[Any]:
-    """The optimizer itself, or the parts of a ``MultiOptimizer``."""
-    return list(getattr(optimizer, "optimizers", [optimizer]))
-
-
-def has_schedule(optimizer: Any) -> bool:
-    """Whether the learning rate of an MLX optimizer follows a schedule."""
-    return "learning_rate" in optimizer._schedulers
-
-
 def warn_of_many_shapes(shapes: dict[Any, str], key: Any, batch: Any) -> None:
     """Note a new batch shape; each costs a compilation and memory that MLX never gives back."""
     shapes.setdefault(key, describe(batch))
@@ -529,10 +478,34 @@ def warn_of_many_shapes(shapes: dict[Any, str], key: Any, batch: Any) -> None:
         )
 
 
-def _trainables(model: nn.Module) -> Any:
-    """What a compiled step bakes in: the names of what is trained, and each module's mode."""
-    names = [name for name, _ in named_arrays(model.trainable_parameters())]
-    return names, [module.training for module in model.modules()]
+def evaluate(*live: Any) -> None:
+    """``mx.eval``, once more if a signal killed the compiler that MLX runs on the CPU.
+
+    A terminal sends Ctrl-C to the whole foreground group, and MLX's ``g++`` dies of it, while our
+    handler only takes a note.
+    """
+    try:
+        mx.eval(*live)
+    except RuntimeError as error:
+        if not str(error).startswith(("Could not load C++ shared library", "[Compile::eval_cpu]")):
+            raise
+        mx.eval(*live)
+
+
+def names(tree: Any) -> Iterator[str]:
+    """The dotted names of a tree's arrays."""
+    return (name for name, leaf in leaves(tree) if isinstance(leaf, mx.array))
+
+
+def check_no_new_parameters(model: nn.Module, before: Any) -> None:
+    """Raise if the forward pass stored an array under a public name, as a parameter."""
+    known = {name for name, _ in named_arrays(before)}
+    new = [name for name, _ in named_arrays(model.trainable_parameters()) if name not in known]
+    if new:
+        raise ConfigurationError(
+            f"The forward pass stored arrays as {', '.join(new)}, which makes them parameters of "
+            "the model. Start their names with an underscore."
+        )
 
 
 def _check_trainables(model: nn.Module) -> None:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState, named_arrays
-from mlx_fit.arguments import as_batch, check_trainer, split_validation, weights_path
+from mlx_fit.arguments import (
+    as_batch,
+    check_state,
+    check_trainer,
+    checked_steps,
+    concatenate,
+    evaluation_source,
+    split_validation,
+    validation_sets,
+    weights_path,
+)
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
@@ -24,17 +34,25 @@ from mlx_fit.data.feed import Feed, Replay
 from mlx_fit.data.sources import Source, as_source
 from mlx_fit.errors import ConfigurationError, NonFiniteLossError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
-from mlx_fit.fit import Fit, Schedule, evaluate_pass, plain
+from mlx_fit.fit import Fit, Schedule
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
-from mlx_fit.loop import evaluation_mode, training_mode
-from mlx_fit.objective import Objective, as_objective
+from mlx_fit.modes import training_mode
+from mlx_fit.objective import Objective, as_objective, direction_of
+from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
 from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.protocols import RunInfo
+from mlx_fit.rates import optimizers_of
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.signals import Interruption, watched
-from mlx_fit.state import load_parameters, non_finite_names, read_arrays, write_arrays
-from mlx_fit.step import StepOptions, TrainStep, optimizers_of
+from mlx_fit.state import (
+    load_optimizer,
+    load_parameters,
+    non_finite_names,
+    read_arrays,
+    write_arrays,
+)
+from mlx_fit.step import StepOptions, TrainStep
 from mlx_fit.summary import print_summary
 
 
@@ -94,7 +112,7 @@ class Trainer:
         nonfinite: str = "raise",
         seed: int | None = None,
     ) -> None:
-        check_trainer(model, optimizer, batch_size, seed)
+        check_trainer(model, optimizer, batch_size, device_config, seed)
         self.model = model
         self.optimizer: Any = optimizer
         self.batch_size = batch_size
@@ -116,7 +134,10 @@ class Trainer:
             nonfinite,
         )
         self._options.precision.prepare(model)
+        # Lazy arrays belong to the thread that made them; the fit may run in another.
+        mx.eval(model.state, optimizer.state if optimizer is not None else [])
         self._scaling = initial_scale() if self._options.precision.scales_loss else {}
+        self._warns_of_promotion = precision.startswith("mixed")
         self._seed = seed
         self._order_seed = secrets.randbits(32) if seed is None else seed
         self._is_seeded = False
@@ -186,10 +207,10 @@ class Trainer:
         )
         train, val = split_validation(train, val, validation_split)
         feed = self._feed(train, schedule, shuffle)
-        validation = self._validation(val, validation_steps)
+        validation = validation_sets(val, schedule, self.batch_size)
         verbose = resolve_verbose(verbose)
         interruption = Interruption()
-        with self.device_config.applied(), training_mode(self.model), watched(interruption):
+        with training_mode(self.model), watched(interruption):
             self._seed_once()
             self._start_run(schedule, feed.source, validation, verbose)
             assert self.history is not None
@@ -198,7 +219,7 @@ class Trainer:
                 self,
                 self.history.params,
             )
-            with self._reporting(callback_list):
+            with self._computing(callback_list, trains=True):
                 fit = Fit(
                     self,
                     schedule,
@@ -228,7 +249,7 @@ class Trainer:
             The loss and metrics of this batch.
         """
         batch = as_batch(x, y, weights)
-        with self.device_config.applied(), training_mode(self.model), self._reporting(None):
+        with training_mode(self.model), self._computing(None, trains=True):
             step = self._train_step or self._new_train_step()
             step.start_epoch(num_batches=1)
             step(batch)
@@ -266,17 +287,16 @@ class Trainer:
         Returns:
             ``{"loss": ..., <metric>: ...}``. A key over which no weight was counted is left out.
         """
-        source = self._source(data, "data", batch_size)
-        replay = Replay(source, steps)
-        verbose = resolve_verbose(verbose)
+        source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
+        replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         self.stop_evaluating = False
-        self._start_watched("evaluate", verbose, source, steps)
-        callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
-        with self.device_config.applied(), self._reporting(callback_list):
-            step = self._evaluation_step or self._new_evaluation_step()
-            return evaluate_pass(
-                self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
-            )
+        with seen_as(self, pass_info("evaluate", source, steps, verbose)):
+            callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
+            with self._computing(callback_list):
+                step = self._evaluation_step or self._new_evaluation_step()
+                return evaluate_pass(
+                    self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
+                )
 
     def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
         """Loss and metrics of one batch, given as ``(x, y)`` or as separate arguments."""
@@ -308,7 +328,7 @@ class Trainer:
                 data, batch_size=batch_size, steps=steps, callbacks=callbacks, verbose=verbose
             )
         )
-        return tree_map(lambda *leaves: np.concatenate(leaves), parts[0], *parts[1:])
+        return tree_map(lambda *leaves: concatenate(leaves), parts[0], *parts[1:])
 
     def predict_batches(
         self,
@@ -320,33 +340,25 @@ class Trainer:
         verbose: int | str = "auto",
     ) -> Iterator[Any]:
         """Like :meth:`predict`, batch by batch: memory for one batch of outputs only."""
-        source = self._source(data, "data", batch_size)
-        verbose = resolve_verbose(verbose)
-        self.stop_predicting = False
-        self._start_watched("predict", verbose, source, steps)
+        source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
+        replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
-        callback_list.call("on_predict_begin", {})
         step = self._prediction_step or PredictionStep(self.model, self._options)
         self._prediction_step = step
-        random_state = RandomState()
-        for index, batch in enumerate(Replay(source, steps).batches()):
-            with (
-                self.device_config.applied(),
-                self._reporting(callback_list),
-                evaluation_mode(self.model),
-            ):
-                callback_list.call("on_predict_batch_begin", index, {})
-                outputs = tree_map(_to_numpy, step(batch))
-                callback_list.call("on_predict_batch_end", index, {"outputs": outputs})
-            yield outputs
-            if self.stop_predicting:
-                break
-        random_state.restore()
-        callback_list.call("on_predict_end", {})
+        self.stop_predicting = False
+        return predict_pass(
+            self,
+            step,
+            replay.batches(),
+            callback_list,
+            pass_info("predict", source, steps, verbose),
+            partial(self._computing, callback_list),
+        )
 
     def predict_on_batch(self, x: Any) -> Any:
-        """The model's outputs for one batch of inputs, as NumPy arrays."""
-        return next(self.predict_batches([(x,)], verbose=0))
+        """The model's outputs for one batch, ``x`` or ``(x, y)``, as NumPy arrays."""
+        batch = x if isinstance(x, (tuple, list)) else (x,)
+        return next(iter([*self.predict_batches([batch], verbose=0)]))
 
     # --- weights and state ------------------------------------------------------------------------
 
@@ -403,9 +415,11 @@ class Trainer:
             state: from :meth:`state_dict`, of this or another trainer.
             strict: whether missing and extra parameter names are errors.
         """
+        check_state(state)
         load_parameters(self.model, state["model"], strict=strict, source="The state")
-        if self.optimizer is not None:
-            self.optimizer.state = tree_unflatten(list(state["optimizer"].items()))
+        if self.optimizer is not None and state["optimizer"]:
+            self.optimizer.init(self.model.trainable_parameters())
+            load_optimizer(self.optimizer, state["optimizer"])
         self._scaling = dict(state["loss_scale"])
         RandomState(state["random_key"]).restore()
         self._is_seeded = True
@@ -435,15 +449,19 @@ class Trainer:
 
     def direction(self, key: str) -> bool | None:
         """Whether a higher value of a logged key is better; None where nobody declared it."""
-        known = {} if self._objective is None else self._objective.directions
-        prefixes = ["", "val_", *(f"val_{name}_" for name in self.info.validation_sets if name)]
-        for prefix in prefixes:
-            if key.startswith(prefix) and key.removeprefix(prefix) in known:
-                return known[key.removeprefix(prefix)]
-        return None
+        return direction_of(self._objective, key, self.info.validation_sets)
 
     def stop_on_nonfinite(self) -> None:
-        """End training quietly, instead of raising, when the loss becomes non-finite."""
+        """End training quietly, instead of raising, when the loss becomes non-finite.
+
+        Raises:
+            ConfigurationError: this trainer has another policy than ``nonfinite="raise"``.
+        """
+        if self._options.nonfinite != "raise":
+            raise ConfigurationError(
+                f"TerminateOnNaN has nothing to end with nonfinite={self._options.nonfinite!r}; "
+                "make the trainer with nonfinite='raise', or leave the callback out."
+            )
         self.quiet_on_nonfinite = True
 
     def request_stop(self, reason: str) -> None:
@@ -453,10 +471,6 @@ class Trainer:
             self.history.stopped_by = reason
 
     # --- preparation ------------------------------------------------------------------------------
-
-    def _source(self, data: Any, name: str, batch_size: int | None = None) -> Any:
-        size = self.batch_size if batch_size is None else batch_size
-        return as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
 
     def _feed(self, train: Any, schedule: Schedule, shuffle: bool) -> Feed:
         source = as_source(
@@ -468,15 +482,6 @@ class Trainer:
         )
         start = max(self._num_passes, schedule.initial_epoch)
         return Feed(source, schedule.steps_per_epoch, start)
-
-    def _validation(self, val: Any, steps: int | None) -> dict[str, Replay]:
-        if val is None:
-            return {}
-        sets = val if isinstance(val, dict) else {"": val}
-        return {
-            name: Replay(self._source(data, f"val[{name!r}]" if name else "val"), steps)
-            for name, data in sets.items()
-        }
 
     def _seed_once(self) -> None:
         if self._seed is not None and not self._is_seeded:
@@ -498,15 +503,9 @@ class Trainer:
             num_batches,
             tuple(validation),
             schedule.validates_every is not None,
-            self.batch_size,
-            self.batch_size * self._options.gradient_accumulation,
+            source.batch_size or 0,
+            (source.batch_size or 0) * self._options.gradient_accumulation,
             verbose,
-        )
-
-    def _start_watched(self, kind: str, verbose: int, source: Source, steps: int | None) -> None:
-        num_batches = source.num_batches if steps is None else steps
-        self.info = RunInfo(
-            kind, steps_per_epoch=num_batches, batch_size=self.batch_size, verbose=verbose
         )
 
     def _require_objective(self) -> Objective:
@@ -523,8 +522,14 @@ class Trainer:
             )
         self._drop_train_step()
         self._train_step = TrainStep(
-            self.model, self.optimizer, self._require_objective(), self._options, self._scaling
+            self.model,
+            self.optimizer,
+            self._require_objective(),
+            self._options,
+            self._scaling,
+            self._warns_of_promotion,
         )
+        self._warns_of_promotion = False
         return self._train_step
 
     def _drop_train_step(self) -> None:
@@ -535,19 +540,20 @@ class Trainer:
         return self._evaluation_step
 
     @contextmanager
-    def _reporting(self, callbacks: CallbackList | None) -> Iterator[None]:
-        """Type MLX's errors, tell the callbacks, and let go of a step that failed half-way."""
+    def _computing(self, callbacks: CallbackList | None, trains: bool = False) -> Iterator[None]:
+        """On the configured device; types MLX's errors and tells the callbacks of any.
+
+        After an error while training the training step, which may be half-way, is let go of.
+        """
         try:
-            yield
+            with self.device_config.applied():
+                yield
         except BaseException as error:
             typed = from_runtime_error(error, batch_size=self.batch_size)
-            self._drop_train_step()
+            if trains:
+                self._drop_train_step()
             if callbacks is not None:
-                callbacks.call("on_exception", typed or error)
+                callbacks.report(typed or error)
             if typed is not None:
                 raise typed from error
             raise
-
-
-def _to_numpy(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.protocols import Run
@@ -110,6 +114,7 @@ class CallbackList:
     def __init__(self, callbacks: Any, run: Run, params: dict[str, Any]) -> None:
         self.callbacks = list(flatten(callbacks))
         for callback in self.callbacks:
+            _warn_of_unknown_hooks(callback)
             callback.trainer = run
             callback.params = params
         self._bound: dict[str, list[Callable[..., None]]] = {
@@ -127,6 +132,26 @@ class CallbackList:
         """Call a hook of every callback that has it."""
         for method in self._bound[hook]:
             method(*arguments)
+
+    def report(self, error: BaseException) -> None:
+        """Call every ``on_exception``. One that fails itself becomes a note on the error."""
+        for method in self._bound["on_exception"]:
+            try:
+                method(error)
+            except Exception as second:
+                owner = type(method.__self__).__name__ if hasattr(method, "__self__") else method
+                error.add_note(f"{owner}.on_exception failed as well: {second!r}")
+
+
+def numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among logged values, NumPy's and MLX's scalars included; matrices are not."""
+    found: dict[str, float] = {}
+    for key, value in logs.items():
+        if isinstance(value, (mx.array, np.ndarray)) and value.ndim == 0:
+            value = value.item()  # host synchronisation, for what a user's callback logged
+        if isinstance(value, Real):
+            found[key] = float(value)
+    return found
 
 
 def flatten(callbacks: Any) -> Iterable[Callback]:
@@ -148,3 +173,15 @@ def flatten(callbacks: Any) -> Iterable[Callback]:
 def _overrides(callback: Callback, hook: str) -> bool:
     method = getattr(callback, hook)
     return getattr(method, "__func__", method) is not getattr(Callback, hook)
+
+
+def _warn_of_unknown_hooks(callback: Callback) -> None:
+    """A misspelt hook would never be called, and nobody would know."""
+    written = dir(type(callback))
+    unknown = [name for name in written if name.startswith("on_") and name not in HOOKS]
+    if unknown:
+        warnings.warn(
+            f"{type(callback).__name__} has {', '.join(unknown)}, which no run calls. Hooks are "
+            f"{', '.join(HOOKS)}.",
+            stacklevel=4,
+        )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.base import Callback, numbers
+from mlx_fit.errors import ConfigurationError
 
 NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates")
 
@@ -26,6 +27,10 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, filename: str | Path, separator: str = ",", append: bool = False) -> None:
+        if not isinstance(separator, str) or len(separator) != 1:
+            raise ConfigurationError(
+                f"CSVLogger(separator={separator!r}); expected one character, such as ',' or ';'."
+            )
         self.path = Path(filename)
         self._separator = separator
         self._append = append
@@ -36,18 +41,13 @@ class CSVLogger(Callback):
         """Start the file, or take over what it holds."""
         self._columns, self._rows = [], []
         if self._append and self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file, delimiter=self._separator)
-                rows, first = list(reader), self.trainer.info.initial_epoch
-                self._columns = list(reader.fieldnames or [])
-            # A run that goes on writes its epochs anew: no row may stand twice.
-            self._rows = [row for row in rows if not first or int(row["epoch"]) < first]
+            self._take_over(self.trainer.info.initial_epoch)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite()
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Add the epoch's row."""
-        row = {"epoch": epoch, **{k: v for k, v in logs.items() if isinstance(v, (int, float))}}
+        row = {"epoch": epoch, **numbers(logs)}
         self._rows.append(row)
         expected = self._columns_for(row)
         if new := [name for name in expected if name not in self._columns]:
@@ -56,6 +56,20 @@ class CSVLogger(Callback):
         else:
             with self.path.open("a", newline="") as file:
                 self._writer(file).writerow(row)
+
+    def _take_over(self, first_epoch: int) -> None:
+        """Read the rows that stay: a run that goes on writes its epochs anew, none stands twice."""
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file, delimiter=self._separator)
+            rows, self._columns = list(reader), list(reader.fieldnames or [])
+        if self._columns and (
+            "epoch" not in self._columns or not all((r["epoch"] or "").isdigit() for r in rows)
+        ):
+            raise ConfigurationError(
+                f"CSVLogger(append=True): {self.path} has no column of epochs (its columns are "
+                f"{', '.join(self._columns)}). Give another file, its separator, or append=False."
+            )
+        self._rows = [row for row in rows if not first_epoch or int(row["epoch"]) < first_epoch]
 
     def _columns_for(self, row: Mapping[str, Any]) -> list[str]:
         """The row's own columns, and those that a validation will fill later."""
@@ -69,11 +83,13 @@ class CSVLogger(Callback):
         return list(dict.fromkeys(["epoch", *trained, *derived, *row]))
 
     def _rewrite(self) -> None:
-        with self.path.open("w", newline="") as file:
+        staged = self.path.with_name(f".tmp-{self.path.name}")
+        with staged.open("w", newline="") as file:
             writer = self._writer(file)
             if self._columns:
                 writer.writeheader()
                 writer.writerows(self._rows)
+        staged.replace(self.path)
 
     def _writer(self, file: Any) -> Any:
         return csv.DictWriter(file, self._columns, restval="", delimiter=self._separator)

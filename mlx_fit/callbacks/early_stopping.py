@@ -44,8 +44,13 @@ class EarlyStopping(Callback):
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
     ) -> None:
-        if not isinstance(patience, int) or patience < 0:
-            raise ConfigurationError(f"EarlyStopping(patience={patience!r}); expected an int >= 0.")
+        for name, value in (("patience", patience), ("start_from_epoch", start_from_epoch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigurationError(f"EarlyStopping({name}={value!r}); expected an int >= 0.")
+        if baseline is not None and not isinstance(baseline, (int, float)):
+            raise ConfigurationError(
+                f"EarlyStopping(baseline={baseline!r}); expected a number or None."
+            )
         self.monitor = monitor
         self.patience = patience
         self.baseline = baseline

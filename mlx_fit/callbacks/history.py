@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.history import History
 
 
@@ -15,5 +15,5 @@ class HistoryRecorder(Callback):
         self._history = history
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
-        """Keep the row."""
-        self._history.append(epoch, dict(logs))
+        """Keep the row, its numbers as Python floats."""
+        self._history.append(epoch, {**logs, **numbers(logs)})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_fit.callbacks.base import HOOKS, Callback
+from mlx_fit.errors import ConfigurationError
 
 
 class LambdaCallback(Callback):
@@ -14,7 +15,11 @@ class LambdaCallback(Callback):
 
     Args:
         hooks: ``on_epoch_end=lambda epoch, logs: ...``, and so on for every hook of
-            :class:`Callback`. Other names become attributes; one that looks like a hook warns.
+            :class:`Callback`; None for none. Other names become attributes; one that looks like a
+            hook warns.
+
+    Raises:
+        ConfigurationError: what is given for a hook cannot be called.
 
     Example:
         >>> callback = LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs["loss"]))
@@ -27,5 +32,11 @@ class LambdaCallback(Callback):
                     f"LambdaCallback({name}=...): there is no such hook, so it is never called. "
                     f"Hooks are {', '.join(HOOKS)}.",
                     stacklevel=2,
+                )
+            if name in HOOKS and function is None:
+                continue
+            if name in HOOKS and not callable(function):
+                raise ConfigurationError(
+                    f"LambdaCallback({name}={function!r}); expected a function, or None."
                 )
             setattr(self, name, function)

@@ -10,7 +10,12 @@ from typing import Any
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor
-from mlx_fit.errors import CheckpointWriteError, ConfigurationError, NonFiniteLossError
+from mlx_fit.errors import (
+    CheckpointWriteError,
+    ConfigurationError,
+    NonFiniteLossError,
+    UnknownMonitorError,
+)
 
 
 class ModelCheckpoint(Callback):
@@ -57,7 +62,10 @@ class ModelCheckpoint(Callback):
         self._every = _checked_frequency(save_freq)
         self._keep = keep
         self._written: list[str] = []
-        self._step_saved = -1
+        self._step_looked_at = -1
+        self._batch = 0
+        self._has_value = False
+        self._keys_seen: list[str] = []  # where the monitored value was missing
         _check_path(self.filepath, save_weights_only)
         if keep is not None and (not isinstance(keep, int) or keep < 1):
             raise ConfigurationError(
@@ -73,17 +81,28 @@ class ModelCheckpoint(Callback):
     def on_train_begin(self, logs: Any) -> None:
         """The monitored value has to appear again; the best stays."""
         self._monitor.start()
-        self._step_saved = self.trainer.step
+        self._step_looked_at = self.trainer.step
+        self._has_value = False
 
     def on_train_batch_end(self, batch: int, logs: Any) -> None:
         """Save if a step of ``save_freq`` has just ended."""
+        self._batch = batch + 1
+        if self._every:
+            self._consider_step(logs)
+
+    def _consider_step(self, logs: Mapping[str, Any]) -> None:
         step = self.trainer.step
-        if not self._every or step % self._every or step == self._step_saved:
+        if step % (self._every or 1) or step == self._step_looked_at:
             return
-        self._step_saved = step
-        facts = {"epoch": self.trainer.epoch + 1, "batch": batch + 1, "step": step}
-        value = float(logs[self.monitor]) if self._best_only and self.monitor in logs else None
-        self._consider(value, facts, logs)
+        self._step_looked_at = step
+        facts = {"epoch": self.trainer.epoch + 1, "batch": self._batch, "step": step}
+        if not self._best_only:
+            self._consider(None, facts, logs)
+        elif self.monitor in logs:
+            self._has_value = True
+            self._consider(float(logs[self.monitor]), facts, logs)
+        else:
+            self._keys_seen = sorted(logs)
 
     def on_validation_end(self, logs: Any) -> None:
         """Save after an evaluation inside an epoch."""
@@ -95,8 +114,11 @@ class ModelCheckpoint(Callback):
             self._consider(value, {"epoch": run.epoch + 1, "step": run.step}, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
-        """Save after an epoch."""
+        """Save after an epoch, or after a step that the end of the epoch closed."""
         if self._every:
+            self._consider_step(logs)
+            if self._keys_seen and not self._has_value:
+                raise UnknownMonitorError(self.monitor, self._keys_seen, "ModelCheckpoint")
             return
         value = self._monitor.at_epoch_end(self.trainer, logs) if self._best_only else None
         if value is not None or not self._best_only:
@@ -136,7 +158,7 @@ class ModelCheckpoint(Callback):
         self.last_path = path
         self._written = [name for name in self._written if name != str(path)] + [str(path)]
         while self._keep is not None and len(self._written) > self._keep:
-            Path(self._written.pop(0)).unlink(missing_ok=True)
+            _remove(Path(self._written.pop(0)))
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and the files written."""
@@ -163,6 +185,15 @@ def _check_path(filepath: str, save_weights_only: bool | None) -> None:
             f"ModelCheckpoint({filepath!r}) cannot tell what to write; expected a path that ends "
             "with .safetensors, for weights."
         )
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(filepath)]
+    except ValueError as error:
+        raise ConfigurationError(f"ModelCheckpoint({filepath!r}): {error}.") from error
+    if "" in fields:
+        raise ConfigurationError(
+            f"ModelCheckpoint({filepath!r}): a field has no name; write {{epoch}}, {{step}} or a "
+            "key of the logs."
+        )
     if save_weights_only is False:
         raise ConfigurationError(
             f"ModelCheckpoint({filepath!r}, save_weights_only=False): a .safetensors file holds "
@@ -181,6 +212,13 @@ def _formatted(template: str, facts: dict[str, Any], logs: Mapping[str, Any]) ->
         )
     known = {name: facts[name] if name in facts else logs[name] for name in fields}
     return Path(template.format(**known))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # an old file too many is no reason to end a run
+        warnings.warn(f"The old weights {path} could not be removed: {error}", stacklevel=2)
 
 
 def _short(value: float | None) -> str:

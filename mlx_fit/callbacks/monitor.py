@@ -24,6 +24,12 @@ class Monitor:
     """
 
     def __init__(self, name: str, mode: str, owner: str, min_delta: float = 0.0) -> None:
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"{owner}(monitor={name!r}); expected a key of the logs, such as 'val_loss'."
+            )
+        if not isinstance(min_delta, (int, float)) or math.isnan(min_delta):
+            raise ConfigurationError(f"{owner}(min_delta={min_delta!r}); expected a number.")
         if mode not in ("auto", "min", "max"):
             raise ConfigurationError(f"{owner}(mode={mode!r}); expected 'auto', 'min' or 'max'.")
         self.name = name
@@ -64,11 +70,12 @@ class Monitor:
 
     def improves(self, run: Run, value: float, best: float | None) -> bool:
         """Whether ``value`` is strictly better than ``best``. NaN is worse than anything."""
+        higher_is_better = self._higher_is_better(run)  # first: it may raise, and then at once
         if math.isnan(value):
             return False
         if best is None or math.isnan(best):
             return True
-        if self._higher_is_better(run):
+        if higher_is_better:
             return value > best + self._min_delta
         return value < best - self._min_delta
 

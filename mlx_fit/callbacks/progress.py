@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.base import Callback, numbers
+from mlx_fit.callbacks.screen import Notebook, Screen, Terminal, in_notebook
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.runtime.memory import active_bytes, format_bytes
 
@@ -21,7 +23,7 @@ REDRAW_SECONDS = 0.1
 def resolve_verbose(verbose: int | str) -> int:
     """0, 1 or 2; ``"auto"`` is 1 on a terminal or in a notebook and 2 elsewhere."""
     if verbose == "auto":
-        return 1 if sys.stdout.isatty() or _in_notebook() else 2
+        return 1 if sys.stdout.isatty() or in_notebook() else 2
     if verbose in (0, 1, 2) and not isinstance(verbose, str):
         return int(verbose)
     raise ConfigurationError(f"verbose={verbose!r}; expected 0, 1, 2 or 'auto'.")
@@ -37,10 +39,14 @@ def format_value(value: float) -> str:
     return f"{value:.4f}" if abs(value) > 1e-3 or value == 0 else f"{value:.4e}"
 
 
+def values_of(logs: Mapping[str, Any]) -> list[str]:
+    """``["loss: 0.5000", "accuracy: 0.9000"]``; matrices are left out."""
+    return [f"{key}: {format_value(value)}" for key, value in numbers(logs).items()]
+
+
 def format_values(logs: Mapping[str, Any]) -> str:
-    """``loss: 0.5000 - accuracy: 0.9000``; matrices are left out."""
-    numbers = [(k, v) for k, v in logs.items() if isinstance(v, (int, float))]
-    return " - ".join(f"{key}: {format_value(value)}" for key, value in numbers)
+    """``loss: 0.5000 - accuracy: 0.9000``."""
+    return " - ".join(values_of(logs))
 
 
 def format_seconds(seconds: float) -> str:
@@ -104,15 +110,49 @@ def summary_line(count: int, expected: int | None, seconds: float, logs: Mapping
     return " - ".join(part for part in parts if part)
 
 
+@dataclass
+class Bar:
+    """How far one pass over batches is."""
+
+    title: str = ""
+    total: int | None = None
+    count: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    def line(self, width: int, pieces: Iterable[str] = ()) -> str:
+        """The bar in one line: as many of ``pieces`` as fit beside what must be there."""
+        total = "?" if self.total is None else self.total
+        parts = [self.title, self._bar(width), f"{self.count}/{total}", self._time_left()]
+        text = " ".join(part for part in parts if part)
+        for piece in pieces:
+            if len(text) + 3 + len(piece) >= width:
+                break
+            text += f" - {piece}"
+        return text[: width - 1]
+
+    def _bar(self, width: int) -> str:
+        if not self.total:
+            return ""
+        cells = min(20, width // 5)
+        filled = min(self.count * cells // self.total, cells)
+        return "━" * filled + "─" * (cells - filled)
+
+    def _time_left(self) -> str:
+        if not self.total or not self.count:
+            return ""
+        seconds = time.perf_counter() - self.start
+        return format_seconds(seconds / self.count * max(self.total - self.count, 0))
+
+
 class Bars(Callback):
     """A live bar for training, validation and prediction, and a line for each finished epoch."""
 
     def __init__(self) -> None:
-        self._progress: Any = None
-        self._task: Any = None
-        self._start = 0.0
+        self._screen: Screen = Notebook() if in_notebook() else Terminal()
+        self._training = self._current = Bar()
+        self._lengths: dict[str, int] = {}  # kind of pass -> batches it had the last time
+        self._num_validated = 0
         self._next_redraw = 0.0
-        self._num_batches = 0
 
     # --- fit --------------------------------------------------------------------------------------
 
@@ -120,118 +160,96 @@ class Bars(Callback):
         """Show the epoch's bar."""
         info = self.trainer.info
         title = f"Epoch {epoch + 1}/{info.epochs}" if info.epochs > 1 else "Training"
-        self._show(title, info.steps_per_epoch)
+        self._num_validated = 0
+        self._training = self._begin(title, info.steps_per_epoch or self._lengths.get("Training"))
 
     def on_train_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw, if the last time is long enough ago."""
-        self._num_batches = batch + 1
+        self._training.count = batch + 1
         if time.perf_counter() >= self._next_redraw:
-            self._redraw(logs, self._facts())
+            self._draw(logs, self._facts)
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Take the bar away, leave the line."""
-        seconds, info = time.perf_counter() - self._start, self.trainer.info
-        self._hide()
-        head = f"Epoch {epoch + 1}/{info.epochs} - " if info.epochs > 1 else ""
-        print(head + summary_line(self._num_batches, info.steps_per_epoch, seconds, logs))
+        info, bar = self.trainer.info, self._training
+        seconds = time.perf_counter() - bar.start
+        self._lengths["Training"] = bar.count
+        self._screen.clear()
+        head = f"{bar.title} - " if info.epochs > 1 else ""
+        print(head + summary_line(bar.count, info.steps_per_epoch, seconds, logs), flush=True)
 
     def on_exception(self, error: BaseException) -> None:
         """Leave the terminal as it was."""
-        self._hide()
+        self._screen.clear()
 
     def on_train_end(self, logs: Any) -> None:
         """Leave the terminal as it was, also where a signal cut an epoch short."""
-        self._hide()
+        self._screen.clear()
 
     # --- evaluation and prediction ----------------------------------------------------------------
 
     def on_test_begin(self, logs: Any) -> None:
         """Show a bar: below the epoch's in ``fit``, else alone."""
-        if self.trainer.info.kind == "evaluate":
-            self._show("Evaluating", self.trainer.info.steps_per_epoch)
-        elif self._progress is not None:
-            self._task = self._add("Validating", None)
+        info = self.trainer.info
+        if info.kind == "evaluate":
+            self._begin("Evaluating", info.steps_per_epoch)
+            return
+        name = info.validation_sets[self._num_validated % len(info.validation_sets)]
+        self._num_validated += 1
+        title = f"Validating {name}".rstrip()
+        self._begin(title, self._lengths.get(title))
 
     def on_test_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw, if the last time is long enough ago."""
-        if self._progress is not None and time.perf_counter() >= self._next_redraw:
-            self._update(batch + 1, logs, "")
+        self._current.count = batch + 1
+        if time.perf_counter() >= self._next_redraw:
+            self._draw(logs)
 
     def on_test_end(self, logs: Any) -> None:
-        """Take the bar away; a lone evaluation leaves a line."""
+        """Go back to the epoch's bar; a lone evaluation leaves a line."""
+        self._lengths[self._current.title] = self._current.count
+        self._current = self._training
         if self.trainer.info.kind == "evaluate":
-            self._hide()
-            print(format_values(logs))
-        elif self._progress is not None:
-            self._progress.remove_task(self._task)
-            self._task = self._progress.task_ids[0]
+            self._screen.clear()
+            print(format_values(logs), flush=True)
 
     def on_predict_begin(self, logs: Any) -> None:
         """Show a bar."""
-        self._show("Predicting", self.trainer.info.steps_per_epoch)
+        self._begin("Predicting", self.trainer.info.steps_per_epoch)
 
     def on_predict_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw, if the last time is long enough ago."""
+        self._current.count = batch + 1
         if time.perf_counter() >= self._next_redraw:
-            self._update(batch + 1, {}, "")
+            self._draw({})
 
     def on_predict_end(self, logs: Any) -> None:
         """Take the bar away."""
-        self._hide()
+        self._screen.clear()
 
     # --- drawing ----------------------------------------------------------------------------------
 
-    def _show(self, title: str, num_batches: int | None) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    def _begin(self, title: str, total: int | None) -> Bar:
+        self._current = Bar(title, total)
+        # Passes shorter than the time between redraws share them.
+        if time.perf_counter() >= self._next_redraw:
+            self._draw({})
+        return self._current
 
-        self._hide()
-        self._start = time.perf_counter()
-        self._next_redraw = 0.0
-        self._num_batches = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.fields[total_text]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[values]}"),
-            TextColumn("[dim]{task.fields[facts]}"),
-            auto_refresh=False,
-            transient=True,
-        )
-        self._progress.start()
-        self._task = self._add(title, num_batches)
-
-    def _add(self, title: str, num_batches: int | None) -> Any:
-        text = "?" if num_batches is None else str(num_batches)
-        return self._progress.add_task(
-            title, total=num_batches, facts="", values="", total_text=text
-        )
-
-    def _redraw(self, logs: Any, facts: str) -> None:
-        self._update(self._num_batches, logs, facts)
-
-    def _update(self, completed: int, logs: Any, facts: str) -> None:
-        # Reading the logs waits for the device: the price of a redraw, not of a batch.
-        values = format_values(logs)
-        self._progress.update(self._task, completed=completed, values=values, facts=facts)
-        self._progress.refresh()
+    def _draw(self, logs: Any, facts: Callable[[], list[str]] | None = None) -> None:
+        # Reading logs and facts waits for the device: the price of a redraw, not of a batch.
+        pieces = [*values_of(logs), *(facts() if facts else [])]
+        width, current = self._screen.width, self._current
+        above = [] if current is self._training else [self._training.line(width)]
+        lines = [*(above if self._training.title else []), current.line(width, pieces)]
+        self._screen.draw(lines)
         self._next_redraw = time.perf_counter() + REDRAW_SECONDS
 
-    def _facts(self) -> str:
-        seconds = time.perf_counter() - self._start
-        rate = self._num_batches * self.trainer.info.batch_size / max(seconds, 1e-9)
-        parts = [f"{rate:,.0f} examples/s", format_bytes(active_bytes())]
+    def _facts(self) -> list[str]:
+        info, bar = self.trainer.info, self._training
+        seconds = max(time.perf_counter() - bar.start, 1e-9)
+        each, unit = (info.batch_size, "examples") if info.batch_size else (1, "steps")
+        facts = [f"{bar.count * each / seconds:,.0f} {unit}/s", format_bytes(active_bytes())]
         if (learning_rate := self.trainer.learning_rate) is not None:
-            parts.insert(0, f"lr {learning_rate:.2e}")
-        return " ".join(parts)
-
-    def _hide(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def _in_notebook() -> bool:
-    shell = sys.modules.get("IPython")
-    kernel = shell.get_ipython() if shell is not None else None
-    return type(kernel).__name__ == "ZMQInteractiveShell"
+            facts.insert(0, f"lr {learning_rate:.2e}")
+        return facts

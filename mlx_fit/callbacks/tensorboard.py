@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.runtime.memory import peak_bytes
 
@@ -19,7 +19,8 @@ class TensorBoard(Callback):
     Tags are Keras's: ``epoch_loss`` and the other values by epoch (0-based),
     ``epoch_learning_rate``, ``evaluation_loss_vs_iterations`` by step, and with a batch frequency
     ``batch_loss`` by batches since the fit began. ``perf/step_time_ms``,
-    ``perf/examples_per_second`` and ``perf/peak_memory_mib`` are by epoch.
+    ``perf/examples_per_second`` (where batches are made here) and ``perf/peak_memory_mib`` are by
+    epoch.
 
     Args:
         log_dir: the run's folder. Several validation sets go to ``validation_<set>``.
@@ -39,9 +40,10 @@ class TensorBoard(Callback):
             self.on_train_batch_end = self._write_batch  # type: ignore[method-assign]
 
     def on_train_begin(self, logs: Any) -> None:
-        """Count batches from the start of this fit."""
+        """Open the file, and count batches from the start of this fit."""
         self._close()
         self._num_batches = 0
+        self._writer("train")  # a folder that cannot be written shows before training, not after
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
         """Start the clock."""
@@ -80,11 +82,13 @@ class TensorBoard(Callback):
     def _speed(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
         num_steps = max(self.trainer.step - self._first_step, 1)
-        return {
+        speed = {
             "perf/step_time_ms": 1e3 * seconds / num_steps,
-            "perf/examples_per_second": num_steps * self.trainer.info.rows_per_step / seconds,
             "perf/peak_memory_mib": peak_bytes() / 2**20,
         }
+        if num_rows := self.trainer.info.rows_per_step:
+            speed["perf/examples_per_second"] = num_steps * num_rows / seconds
+        return speed
 
     def _by_set(self, logs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Validation values by the folder they go to, without their prefix."""
@@ -96,9 +100,8 @@ class TensorBoard(Callback):
         return found
 
     def _write(self, folder: str, values: Mapping[str, Any], step: int) -> None:
-        for tag, value in values.items():
-            if isinstance(value, (int, float)):
-                self._writer(folder).add_scalar(tag, value, step)
+        for tag, value in numbers(values).items():
+            self._writer(folder).add_scalar(tag, value, step)
 
     def _writer(self, folder: str) -> Any:
         if folder not in self._writers:

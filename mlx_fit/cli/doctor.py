@@ -220,7 +220,7 @@ def _advice(facts: dict[str, Any]) -> list[dict[str, str]]:
         found.append(_finding("MLX_FIT_BLAS=off: MLX's own BLAS is slow.", "unset MLX_FIT_BLAS"))
     elif slow and status["library"] is None and not status["failed"]:
         found.append(_finding("MLX computes with its slow reference BLAS.", blas.INSTALL_COMMAND))
-    elif slow and status["pth"] is None:
+    elif slow and status["library"] is not None and status["pth"] is None:
         found.append(
             _finding(
                 "A program that imports mlx before mlx_fit computes with MLX's slow BLAS.",
@@ -281,7 +281,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     loaded = {
         "pth": f"{status['source']}, loaded before MLX by the .pth file",
         "import": f"{status['source']}, loaded by importing mlx_fit before MLX",
-        "none": f"MLX's own ({status['reason']})",
+        "none": f"MLX's own ({'see below' if status['failed'] else status['reason']})",
     }[status["loaded_by"]]
     speeds = ", ".join(f"{name} {speed['gflops']:.0f}" for name, speed in facts["gflops"].items())
     return [

@@ -39,12 +39,14 @@ class Source(ABC):
         name: what the user calls it, for messages.
         num_batches: batches of one pass; None if unknown.
         num_rows: rows of one pass; None if unknown.
+        batch_size: rows of a batch, the last one apart; None if unknown.
         one_shot: it is an iterator: a second pass goes on where the first one stopped.
     """
 
     name: str
     num_batches: int | None
     num_rows: int | None
+    batch_size: int | None
     one_shot: bool
 
     @abstractmethod
@@ -61,6 +63,7 @@ class RowSource(Source):
         self.name = name
         self._loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed)
         self.num_rows = len(self._loader.dataset)
+        self.batch_size = batch_size
         self.num_batches = len(self._loader)
         self.one_shot = False
 
@@ -77,6 +80,8 @@ class BatchSource(Source):
         self._iterable = iterable
         self.num_batches = _length(iterable)
         self.num_rows = None
+        size = getattr(iterable, "batch_size", None)  # a DataLoader's, ours or torch's
+        self.batch_size = size if isinstance(size, int) else None
         self.one_shot = False
 
     def batches(self, epoch: int) -> Iterator[Any]:
@@ -91,6 +96,7 @@ class IteratorSource(Source):
         self._iterator = iterator
         self.num_batches = None
         self.num_rows = None
+        self.batch_size = None
         self.one_shot = True
 
     def batches(self, epoch: int) -> Iterator[Any]:
@@ -105,6 +111,7 @@ class FunctionSource(Source):
         self._function = function
         self.num_batches = None
         self.num_rows = None
+        self.batch_size = None
         self.one_shot = False
 
     def batches(self, epoch: int) -> Iterator[Any]:

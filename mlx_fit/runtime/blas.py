@@ -11,7 +11,8 @@ returns complex numbers in another way.) ``patchelf`` makes the copy, once, in t
 ``mlx.core`` earlier; :func:`install_pth` covers those, for one virtual environment.
 
 The environment variable ``MLX_FIT_BLAS`` is ``off`` for MLX's own BLAS, or the path of a library to
-load instead. Such a library is loaded as it is, and visible to the whole process.
+load instead. Such a library is loaded as it is, and visible to the whole process. OpenBLAS takes
+as many threads as there are cores, or ``OPENBLAS_NUM_THREADS``.
 
 Only the standard library is imported here: the ``.pth`` file runs this file by its path, without
 the package.
@@ -20,7 +21,6 @@ the package.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
 import zlib
@@ -249,7 +249,7 @@ def _open_privately(source: _Source, soname: str) -> tuple[str, str]:
         with tempfile.TemporaryDirectory(prefix="mlx_fit-") as folder:
             copy = _build(source.path, source.prefix, soname, Path(folder))
             ctypes.CDLL(str(copy))  # stays mapped when the file is gone
-        return str(source.path), f"each start makes a temporary copy, as the cache failed: {error}"
+        return str(source.path), f"Each start makes a temporary copy, as the cache failed: {error}"
 
 
 def cache_folder() -> Path:
@@ -278,28 +278,30 @@ def cached_copy(source: Path, prefix: str, soname: str, folder: Path) -> Path:
     are hashed again.
     """
     subject = f"{source}|{prefix}|{soname}"
-    stamp = folder / f"{zlib.crc32(subject.encode()):08x}.json"
-    try:
-        known = json.loads(stamp.read_bytes())
-        copy = folder / Path(known["copy"]).name
-        if [known["subject"], *known["facts"]] == [subject, _facts(source), _facts(copy)]:
+    stamp = folder / f"{zlib.crc32(subject.encode()):08x}.stamp"
+    with suppress(OSError, ValueError, IndexError):  # none yet, a damaged one, or no such copy
+        known = stamp.read_text()
+        copy = folder / Path(known.splitlines()[1]).name
+        if known == _stamp(subject, copy, _facts(source), _facts(copy)):
             return copy
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no stamp yet, a damaged one, or the copy is gone
     source_facts = _facts(source)
     key = _digest(f"{prefix}|{soname}|".encode() + source.read_bytes())[:16]
     for copy in folder.glob(f"{key}-*.so"):
-        facts = [source_facts, _facts(copy)]
+        copy_facts = _facts(copy)
         if copy.stem == f"{key}-{_digest(copy.read_bytes())[:32]}":
             break
     else:
         built = _build(source, prefix, soname, folder)
         copy = folder / f"{key}-{_digest(built.read_bytes())[:32]}.so"
         os.replace(built, copy)  # whole or not at all, however many processes do it at once
-        facts = [source_facts, _facts(copy)]
+        copy_facts = _facts(copy)
     with suppress(OSError):  # a read-only cache: its copies are hashed at each start
-        _write(stamp, json.dumps({"subject": subject, "copy": copy.name, "facts": facts}))
+        _write(stamp, _stamp(subject, copy, source_facts, copy_facts))
     return copy
+
+
+def _stamp(subject: str, copy: Path, source_facts: list[int], copy_facts: list[int]) -> str:
+    return f"{subject}\n{copy.name}\n{source_facts}\n{copy_facts}\n"
 
 
 def _facts(path: Path) -> list[int]:

@@ -111,7 +111,7 @@ def test_what_is_broken_comes_with_a_command(facts, key, value, command):
     [
         ({"pth": None}, blas.FIX_COMMAND),
         ({"library": None, "reason": "none found"}, blas.INSTALL_COMMAND),
-        ({"reason": "each start makes a copy"}, "export XDG_CACHE_HOME=/a/folder/of/yours"),
+        ({"reason": "Each start makes a copy"}, "export XDG_CACHE_HOME=/a/folder/of/yours"),
     ],
 )
 def test_a_blas_that_could_be_better_comes_with_a_command(facts, changes, command):

@@ -1,0 +1,58 @@
+"""The modes and settings of a model's layers, which a compiled step bakes in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.nn as nn
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """What a compiled step bakes in: each module, its mode, what it froze, its plain settings."""
+    plain = (bool, int, float, str, type(None))
+    layers = [
+        (
+            id(module),
+            tuple(module),
+            frozenset(module._no_grad),
+            [(k, v if isinstance(v, plain) else id(v)) for k, v in vars(module).items()],
+        )
+        for module in model.modules()
+    ]
+    # Compiled functions, and the random key they captured, belong to one thread.
+    return [threading.get_ident(), *layers]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, each in its own mode again outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        _set_modes(modes)
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """The model in training mode inside, each module in its own mode again outside.
+
+    A model whose root is in evaluation mode (mlx-lm loads them so) is put into training mode as a
+    whole; otherwise modules that the user put into evaluation mode stay there.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        _set_modes(modes)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module._set_training_mode(training)

@@ -1,0 +1,79 @@
+"""What a steady batch costs in Python: calls of this project's own functions."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+import mlx_fit
+from mlx_fit import Callback, TensorBoard, Trainer
+
+ROOT = str(Path(mlx_fit.__file__).parent)
+LIMIT = 15
+
+
+class Profile(Callback):
+    """Counts calls between two ends of a batch, of steady batches between two rows of the log."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.calls = []
+        self._batches = batches
+        self._counter = Counter()
+
+    def on_train_batch_end(self, batch, logs):
+        sys.setprofile(None)
+        if self._counter:
+            self.calls.append(self._counter)
+        self._counter = Counter()
+        if batch in self._batches:
+            sys.setprofile(self._note)
+
+    def on_epoch_end(self, epoch, logs):
+        sys.setprofile(None)
+
+    def _note(self, frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(ROOT):
+            self._counter[f"{code.co_filename.removeprefix(ROOT)}:{code.co_name}"] += 1
+
+
+def calls_of_a_steady_batch(tmp_path, **options):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(400, 4)).astype(np.float32), rng.integers(0, 3, 400)
+    trainer = Trainer(
+        nn.Linear(4, 3),
+        optim.Adam(0.01),
+        "cross_entropy",
+        ["accuracy", "precision"],
+        batch_size=10,
+        **options,
+    )
+    profile = Profile(range(31, 38))
+    try:
+        trainer.fit((x, y), epochs=1, callbacks=[profile, TensorBoard(tmp_path)], verbose=1)
+    finally:
+        sys.setprofile(None)
+    assert len(profile.calls) == 7
+    return profile.calls
+
+
+def describe(calls):
+    return "\n".join(f"{count} {name}" for name, count in calls.items())
+
+
+def test_a_steady_batch_makes_at_most_15_calls(tmp_path, capsys):
+    """With metrics, the bar and TensorBoard on."""
+    usual = min(calls_of_a_steady_batch(tmp_path), key=lambda calls: calls.total())
+    assert usual.total() <= LIMIT, describe(usual)
+
+
+def test_every_batch_between_two_looks_costs_the_same(tmp_path, capsys):
+    """Only a redraw of the bar, at most 10 a second, may come on top."""
+    totals = [calls.total() for calls in calls_of_a_steady_batch(tmp_path)]
+    assert sorted(totals)[len(totals) // 2] <= LIMIT
