@@ -1,6 +1,6 @@
 """The compiled functions of evaluation and prediction: nothing is updated.
 
-May import: ``objective``, ``step``.
+May import: ``objective``, ``options``, ``step``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +69,8 @@ class History:
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line per epoch; a value that an epoch does not have is empty."""
+        import csv  # here: importing mlx_fit stays cheap
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:

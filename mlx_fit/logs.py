@@ -204,7 +204,7 @@ class Sums:
     def __init__(self) -> None:
         self.layout = Layout()
         self.capacity = 32  # lanes at first; they grow where metrics need more
-        self.lanes = mx.arange(self.capacity)  # made here: inside a trace it would be work
+        self.lanes = _lanes(self.capacity)  # made here: inside a trace it would be work
         self.running = self._zeros()
         self.batch: mx.array | None = None
         self.rows = Rows()
@@ -253,8 +253,14 @@ class Sums:
         except _CapacityError as error:
             wider = -(-error.needed // 32) * 32
             self.running = [mx.pad(part, (0, wider - self.capacity)) for part in self.running]
-            self.capacity, self.lanes = wider, mx.arange(wider)
+            self.capacity, self.lanes = wider, _lanes(wider)
             return trace()
+
+
+def _lanes(capacity: int) -> mx.array:
+    lanes = mx.arange(capacity)
+    mx.eval(lanes)  # a lazy array could be used by this thread only
+    return lanes
 
 
 def add(running: list[mx.array], vector: mx.array) -> list[mx.array]:

@@ -8,7 +8,6 @@ PyTorch, except that classes are on the last axis.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -425,6 +424,8 @@ def get(spec: str | Loss | Callable[..., Any]) -> Loss:
         return spec
     if isinstance(spec, str):
         if spec not in _LOSSES:
+            import difflib  # slow to import, and only for a message
+
             close = difflib.get_close_matches(spec, _LOSSES, 1)
             raise ConfigurationError(
                 f"loss={spec!r} is unknown.{f' Did you mean {close[0]!r}?' if close else ''} "

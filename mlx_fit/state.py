@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ INEXACT = mx.inexact
 def non_finite_names(model: nn.Module, optimizer: Any) -> list[str]:
     """Names of trainable weights and optimizer arrays that hold NaN or infinity. Synchronises."""
     named = named_arrays(model.trainable_parameters())
-    named += [(f"optimizer.{name}", value) for name, value in named_arrays(optimizer.state)]
+    if optimizer is not None:
+        named += [(f"optimizer.{name}", value) for name, value in named_arrays(optimizer.state)]
     floats = [(name, value) for name, value in named if mx.issubdtype(value.dtype, INEXACT)]
     flags = [mx.isfinite(value).all() for _, value in floats]
     mx.eval(flags)
@@ -35,11 +35,13 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".tmp-{uuid.uuid4().hex}.safetensors")
+        # Not *.safetensors: what a killed process leaves must not be taken for weights.
+        staged = path.with_name(f".tmp-{os.urandom(16).hex()}")
         try:
-            staged.touch(exist_ok=False)  # with the user's umask; MLX asks for less
-            mx.save_safetensors(str(staged), dict(arrays), metadata={"format": "mlx"})
-            _sync(staged)
+            with staged.open("xb") as file:
+                mx.save_safetensors(file, dict(arrays), metadata={"format": "mlx"})
+                file.flush()
+                os.fsync(file.fileno())
             staged.replace(path)
             _sync(path.parent)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -139,7 +139,7 @@ class Trainer:
         self._scaling = initial_scale() if self._options.precision.scales_loss else {}
         self._warns_of_promotion = precision.startswith("mixed")
         self._seed = seed
-        self._order_seed = secrets.randbits(32) if seed is None else seed
+        self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         self._is_seeded = False
         self._num_passes = 0
         self._steps_before = 0

@@ -164,17 +164,17 @@ def test_logs_that_are_kept_keep_their_values():
 def test_hooks_see_the_running_mean_and_the_batch(rng):
     """A ramp without learning: losses 0, 16, 64, 144, running means 0, 8, 26.7, 56."""
 
-    class Watch(Callback):
-        seen = []
+    seen = []
 
+    class Watch(Callback):
         def on_train_batch_end(self, batch, logs):
-            self.seen.append((logs["loss"], logs.batch["loss"]))
+            seen.append((logs["loss"], logs.batch["loss"]))
 
     model = nn.Linear(4, 3, bias=False)
     model.weight = mx.ones((3, 4))
     batches = [(np.full((2, 4), i, np.float32), np.zeros((2, 3), np.float32)) for i in range(4)]
     history = Trainer(model, optim.SGD(0.0), "mse").fit(batches, callbacks=Watch(), verbose=0)
-    running, own = zip(*Watch.seen, strict=True)
+    running, own = zip(*seen, strict=True)
     assert running == pytest.approx([0, 8, 80 / 3, 56], rel=1e-6)
     assert own == pytest.approx([0, 16, 64, 144], rel=1e-6)
     assert history.history["loss"] == pytest.approx([56])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -13,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_fit import Callback, ConfigurationError, NonFiniteLossError, Sums, Trainer
 from mlx_fit.losses import CrossEntropy
-from mlx_fit.step import StepOptions
+from mlx_fit.options import StepOptions
 
 RATE = 0.1
 
@@ -449,7 +451,7 @@ def weights_after(trainer, data, epochs, callbacks=()):
             seen.append(np.array(self.model.layers[0].weight))
 
     trainer.fit(data, epochs=epochs, callbacks=[Watch(), *callbacks], verbose=0)
-    return [not np.array_equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    return [not np.array_equal(a, b) for a, b in pairwise(seen)]
 
 
 class FreezeAtEnd(Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,8 @@ class CSVLogger(Callback):
 
     def _take_over(self, first_epoch: int) -> None:
         """Read the rows that stay: a run that goes on writes its epochs anew, none stands twice."""
+        import csv
+
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file, delimiter=self._separator)
             rows, self._columns = list(reader), list(reader.fieldnames or [])
@@ -92,4 +93,6 @@ class CSVLogger(Callback):
         staged.replace(self.path)
 
     def _writer(self, file: Any) -> Any:
+        import csv  # here: importing mlx_fit stays cheap
+
         return csv.DictWriter(file, self._columns, restval="", delimiter=self._separator)

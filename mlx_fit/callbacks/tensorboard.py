@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class TensorBoard(Callback):
             from tensorboardX import SummaryWriter
 
             # tensorboardX names files by the second: two writers of one second would collide.
-            suffix = f".{uuid.uuid4().hex[:8]}"
+            suffix = f".{os.urandom(4).hex()}"
             path = str(self.log_dir / folder)
             self._writers[folder] = SummaryWriter(path, filename_suffix=suffix)
         return self._writers[folder]

@@ -274,8 +274,9 @@ class Map:
         return Map(seeded(self.dataset, seed, epoch), self.f, seed=seed, epoch=epoch)
 
 
-def exact_fraction(value: float) -> Fraction:
+def exact_fraction(value: float) -> Any:
     """The fraction that a float was written for: 0.3 is 3/10, so that 0.3 * 10 rows are 3."""
+
     return Fraction(value).limit_denominator(10**9)
 
 

@@ -5,7 +5,7 @@ Imports layer 2: data.batching, data.dataset, data.fetch, data.options.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class DataLoader:
         self.batch_sampler = batch_sampler
         self.collate_fn = collate_fn
         self.drop_last = boolean("drop_last", drop_last)
-        self.seed = secrets.randbits(32) if seed is None else natural("seed", seed)
+        self.seed = int.from_bytes(os.urandom(4), "big") if seed is None else natural("seed", seed)
         self._draws_seed = seed is None
         self._is_stream = not is_dataset(self.dataset)
         self._num_rows = len(self.dataset) if hasattr(self.dataset, "__len__") else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from hashlib import blake2b
 from typing import overload
 
 import numpy as np
@@ -50,6 +49,8 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray | FeistelOrder:
     seed, epoch, n = operator.index(seed), operator.index(epoch), operator.index(n)
     if n < 0:
         raise ConfigurationError(f"order() was asked for n={n} samples; n must be 0 or more.")
+    from hashlib import blake2b  # slow to import: it loads OpenSSL
+
     digest = blake2b(f"{ORDER_VERSION}:{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     if n > _LARGEST_PERMUTATION:
         return FeistelOrder(n, np.frombuffer(digest, "<u8").astype(np.uint64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
@@ -18,5 +18,5 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
         >>> images.shape, int(labels.max())
         ((1797, 8, 8), 9)
     """
-    with files(__name__).joinpath("digits.npz").open("rb") as file, np.load(file) as data:
+    with np.load(Path(__file__).with_name("digits.npz")) as data:
         return data["images"].astype(np.float32) / 16, data["labels"].astype(np.int32)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +75,8 @@ def get(spec: str | Metric | Callable[..., Any]) -> Metric:
             return TopKAccuracy(int(match[1]), name=spec)
         if spec in _METRICS:
             return _METRICS[spec](name=spec)
+        import difflib  # slow to import, and only for a message
+
         close = difflib.get_close_matches(spec, _METRICS, 1)
         raise ConfigurationError(
             f"The metric {spec!r} is unknown.{f' Did you mean {close[0]!r}?' if close else ''} "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import mlx.core as mx
 
@@ -49,6 +48,8 @@ class DeviceConfig:
                 "default."
             )
         if self.device is not None and not mx.is_available(_TYPES[self.device]):
+            from importlib.metadata import version  # slow to import, and only for a message
+
             raise DeviceError(
                 f"device={self.device!r} is not there: this MLX {version('mlx')} has "
                 f"{', '.join(available())}. Use device=None for its default, or install MLX with "

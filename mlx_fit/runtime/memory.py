@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +69,8 @@ def process_rss_bytes() -> int:
     if sys.platform.startswith("linux"):
         num_pages = int(Path("/proc/self/statm").read_text().split()[1])
         return num_pages * os.sysconf("SC_PAGE_SIZE")
+    import subprocess  # slow to import, and needed on macOS only
+
     kibibytes = subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])
     return int(kibibytes) * 1024
 

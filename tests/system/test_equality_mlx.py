@@ -1,4 +1,4 @@
-"""The trainer against a hand-written compiled MLX loop that differentiates the mean, bit for bit."""
+"""The trainer against a hand-written compiled MLX loop, bit for bit."""
 
 from __future__ import annotations
 

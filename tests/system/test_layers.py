@@ -167,8 +167,8 @@ def test_importing_sets_nothing_up():
         "    signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),\n"
         "    logging.root.handlers[:], warnings.filters[:], threading.active_count())\n"
         "import numpy, dataclasses\n"
+        "warnings.simplefilter('ignore')\n"
         "before = look()\n"
-        "warnings.simplefilter('ignore'); before = before[:-2] + (warnings.filters[:], before[-1])\n"
         "import mlx_fit\n"
         "assert look() == before, (look(), before)"
     )
