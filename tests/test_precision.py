@@ -290,6 +290,15 @@ def test_overflows_are_no_error_until_the_scale_falls_below_one(policy, rng):
     assert caught.value.step == 17
 
 
+def test_training_goes_on_after_the_scale_fell_below_one(rng):
+    trainer = make(name="mixed_float16")
+    with pytest.raises(NonFiniteLossError):
+        trainer.fit([overflowing(rng)] * 20, verbose=0)
+    history = trainer.fit(list(batches(12, rng)), verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert trainer.optimizer.step.item() > 0
+
+
 def test_the_scale_doubles_after_enough_good_updates(rng, monkeypatch):
     monkeypatch.setattr(precision, "GROWTH_INTERVAL", 4)
     monkeypatch.setattr(precision, "INITIAL_SCALE", 256.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_fit import Callback, ConfigurationError, NonFiniteLossError, Sums, Trainer
 from mlx_fit.losses import CrossEntropy
@@ -77,6 +77,19 @@ def test_a_short_window_is_flushed_where_the_number_of_batches_is_unknown(rng):
     trainer.fit(lambda: iter(split((x, y), [4, 8, 12, 16])), verbose=0)
     np.testing.assert_allclose(np.array(model.weight), weight, rtol=1e-5, atol=1e-6)
     assert trainer.step == 1
+
+
+def test_the_hooks_of_the_last_batch_see_its_window_closed(rng):
+    """Where the number of batches is known; batches 3 and 5 of five close a window of three."""
+    steps, (x, y, _) = [], rows(rng)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, batch, logs):
+            steps.append((self.trainer.step, self.trainer.optimizer.step.item()))
+
+    trainer = Trainer(linear(rng), optim.SGD(RATE), "mse", batch_size=4, gradient_accumulation=3)
+    trainer.fit((x, y), callbacks=Watch(), verbose=0)
+    assert steps == [(0, 0), (0, 0), (1, 1), (1, 1), (2, 2)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -512,3 +525,118 @@ def test_trainable_integers_are_refused_by_name(rng):
     model.layers[0].table = mx.array([1, 2, 3])
     with pytest.raises(ConfigurationError, match=r"layers\.0\.table"):
         Trainer(model, optim.SGD(RATE), "mse").fit((x, y), verbose=0)
+
+
+# --- what the user exchanges ----------------------------------------------------------------------
+
+
+def test_train_on_batch_follows_another_optimizer(rng):
+    x, y, _ = rows(rng)
+    trainer = Trainer(linear(rng), optim.SGD(0.0), "mse")
+    trainer.train_on_batch(x, y)
+    weight = np.array(trainer.model.weight, np.float64)
+    trainer.optimizer = optim.SGD(RATE)
+    trainer.train_on_batch(x, y)
+    expected, _ = descend(weight, x, y, np.ones(20))
+    np.testing.assert_allclose(np.array(trainer.model.weight), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_optimizer_state_that_was_assigned_is_the_one_that_goes_on(rng):
+    """As MLX restores it; a compiled step would go on with the old dict."""
+    x, y, _ = rows(rng)
+    trainer = Trainer(linear(rng), optim.SGD(RATE, momentum=0.9), "mse")
+    trainer.train_on_batch(x, y)
+    trainer.optimizer.state = tree_map(lambda array: mx.array(array), trainer.optimizer.state)
+    trainer.train_on_batch(x, y)
+    assert trainer.optimizer.step.item() == 2
+
+
+def test_an_objective_that_weighs_itself_needs_no_rows(rng):
+    x = rows(rng)[0]
+    trainer = Trainer(
+        linear(rng),
+        optim.SGD(RATE),
+        objective=lambda model, b: Sums((model(b["x"]) * b["scale"]).square().sum(), 20),
+    )
+    history = trainer.fit([{"scale": np.float32(0.5), "x": x}], verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+
+
+def test_a_bad_step_of_a_later_epoch_is_counted_with_the_skipped_ones(rng):
+    """Windows that the host skips count too, wherever they fall."""
+    x, y, weights = rows(rng, 8)
+    good, zero = (x, y, weights), (x, y, 0 * weights)
+    bad = (x * np.float32("nan"), y, weights)
+    epochs = iter([[zero, good, zero], [good, zero, bad, zero, good]])
+    trainer = Trainer(linear(rng), optim.SGD(RATE), "mse")
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.fit(lambda: next(epochs), epochs=2, verbose=0)
+    assert (caught.value.step, caught.value.epoch) == (3 + 3, 1)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_model_may_keep_its_last_activations(accumulation, policy, rng):
+    """An array that appears in the model during the first forward pass, as for auxiliary losses."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(4, 1)
+
+        def __call__(self, x):
+            self._kept = self.last(x).square().mean()
+            return self.last(x)
+
+    def objective(model, batch):
+        x, y = batch
+        return (model(x) - y).square().mean() + 0.1 * model._kept
+
+    x, y, _ = rows(rng, 8)
+    trainer = Trainer(
+        Keeps(),
+        optim.AdamW(RATE),
+        objective=objective,
+        nonfinite=policy,
+        gradient_accumulation=accumulation,
+    )
+    history = trainer.fit([(x, y)] * 4, [(x, y)], epochs=3, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    assert np.isfinite(trainer.model._kept.item())
+
+
+def test_a_forward_pass_that_makes_a_parameter_is_refused_and_harmless(rng):
+    class Makes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(4, 1)
+
+        def __call__(self, x):
+            self.kept = self.last(x).mean()
+            return self.last(x)
+
+    x, y, _ = rows(rng, 8)
+    with pytest.raises(ConfigurationError, match="kept"):
+        Trainer(Makes(), optim.AdamW(RATE), "mse").fit([(x, y)] * 4, verbose=0)
+    assert np.isfinite(np.array(mx.random.normal((3,)))).all()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: optim.MultiOptimizer(
+            [optim.SGD(optim.cosine_decay(0.05, 50), momentum=0.9), optim.AdamW(0.01)],
+            [lambda name, _: "bias" in name],
+        ),
+        lambda: optim.Adafactor(learning_rate=None),
+        lambda: optim.Lion(1e-3),
+        lambda: optim.Muon(0.01),
+    ],
+    ids=["MultiOptimizer", "Adafactor", "Lion", "Muon"],
+)
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"gradient_accumulation": 2}], ids=str)
+def test_optimizers_of_every_kind_train(options, optimizer, rng):
+    x, y, _ = rows(rng)
+    trainer = Trainer(two_layers(), optimizer(), "mse", compile=False, **options)
+    losses = trainer.fit([(x, y)] * 4, epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]

@@ -150,7 +150,7 @@ class ModelCheckpoint(Callback):
         try:
             self.trainer.save_weights(path)
         except NonFiniteLossError as error:
-            if not self.trainer.stop_training:
+            if not self.trainer.quiet_on_nonfinite:
                 raise
             # TerminateOnNaN asked for a quiet end; the last good file stays.
             warnings.warn(str(error), stacklevel=2)
