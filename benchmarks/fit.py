@@ -124,7 +124,9 @@ def compare(width: int, batch_size: int) -> None:
 
 
 def main() -> None:
-    print(f"fit / hand-written loop, {STEPS} steps an epoch, {ROUNDS} rounds, {mx.default_device()}")
+    print(
+        f"fit / hand-written loop, {STEPS} steps an epoch, {ROUNDS} rounds, {mx.default_device()}"
+    )
     print(" width  batch   step_ms    ratio     spread  over_us    noise     spread")
     for width, batch_size in ((64, 32), (512, 64), (512, 256), (1024, 256)):
         compare(width, batch_size)

@@ -103,7 +103,7 @@ def signature(batch: Any) -> Any:
 
 
 def num_rows(batch: Any) -> int:
-    """Rows of a batch: the length of its first array's leading axis (1 for a scalar)."""
+    """Rows of a batch: the length of its first array's leading axis ."""
     for _, leaf in leaves(batch):
         shape = getattr(leaf, "shape", None)
         if shape:
@@ -114,6 +114,11 @@ def num_rows(batch: Any) -> int:
         "an array with the rows as its first axis. Turn lists of numbers into arrays: "
         "np.array([[1, 2], [3, 4]])."
     )
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether an array of the batch has no rows."""
+    return any(getattr(leaf, "shape", ())[:1] == (0,) for _, leaf in leaves(batch))
 
 
 def describe(batch: Any) -> str:

@@ -1,6 +1,6 @@
 """The compiled functions of evaluation and prediction: nothing is updated.
 
-May import: ``objective``, ``options``, ``step``.
+May import: ``compiled``, ``objective``, ``options``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import mlx.nn as nn
 
 from mlx_fit._tree import RandomState
 from mlx_fit.batch import describe, signature, to_mlx, unpack
+from mlx_fit.compiled import Traced, evaluate, warn_of_many_shapes
 from mlx_fit.logs import Sums, add
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, float32, forward
 from mlx_fit.options import StepOptions
-from mlx_fit.step import Traced, evaluate, warn_of_many_shapes
 
 
 class EvaluationStep:

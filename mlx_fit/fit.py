@@ -221,10 +221,7 @@ class Fit:
             self._run.request_stop("TerminateOnNaN")
             return
         raise NonFiniteLossError(
-            f"The loss was {value} at step {number} (epoch {self._run.epoch + 1}). The weights "
-            "have taken that update: go on from a file saved before it. A lower learning rate, "
-            "clip_norm=1.0 or a check of the data usually helps; nonfinite='skip' leaves such "
-            "batches out.",
+            self._step.explain_bad_loss(number, self._run.epoch, value),
             step=number,
             epoch=self._run.epoch,
             value=value,

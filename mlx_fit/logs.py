@@ -269,8 +269,10 @@ def add(running: list[mx.array], vector: mx.array) -> list[mx.array]:
     new = total + vector
     back = new - total
     error = (total - (new - back)) + (vector - back)
-    # A non-finite sum has no meaningful error term.
-    return [new, lost + mx.where(mx.isfinite(new), error, 0.0), watch]
+    error = lost + mx.where(mx.isfinite(new), error, 0.0)  # a non-finite sum has none
+    # Moved back into the sum as it grows, or it would itself be summed naively.
+    whole = new + error
+    return [whole, mx.where(mx.isfinite(whole), error - (whole - new), 0.0), watch]
 
 
 def watch_loss(

@@ -16,6 +16,14 @@ def optimizers_of(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "optimizers", [optimizer]))
 
 
+def settings(optimizer: Any) -> list[Any]:
+    """What a compiled step bakes in of an optimizer: its state's identity, its plain settings."""
+    return [
+        (id(part), id(part.state), repr([v for k, v in vars(part).items() if k != "_state"]))
+        for part in optimizers_of(optimizer)
+    ]
+
+
 class RateGuard:
     """Notices a learning rate that was assigned under a schedule, which would overwrite it.
 

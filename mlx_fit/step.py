@@ -1,17 +1,15 @@
-"""The compiled functions: one batch in, gradients, update and the sums that logs are made of.
+"""The training step: one batch in, gradients, update and the sums that logs are made of.
 
-This is the only place that calls ``mx.compile``. What MLX leaves to its caller is done here: the
-state is captured as inputs and outputs, the optimizer is initialised first, the functions are
-rebuilt when what is trainable changes, and an exception while tracing leaves no tracer behind.
+It is compiled with model, optimizer and random state captured as inputs and outputs, the optimizer
+initialised first, and built anew when what is trainable changes.
 
-May import: ``objective``, ``options``.
+May import: ``compiled``, ``objective``, ``options``.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,72 +19,18 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
-from mlx_fit._tree import RandomState, leaves, named_arrays, restore, select, snapshot
-from mlx_fit.batch import describe, num_rows, signature, to_mlx
+from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
+from mlx_fit.batch import describe, is_empty, signature, to_mlx
+from mlx_fit.compiled import Traced, evaluate, warn_of_many_shapes
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Sums, add, divide, nonzero_total, sum_in_float64, total, watch_loss
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
 from mlx_fit.precision import next_scale, warn_of_promotion
-from mlx_fit.rates import RateGuard
+from mlx_fit.rates import RateGuard, settings
 
-MAX_SHAPES = 32
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
-
-
-class Traced:
-    """A function compiled over captured state, whose failing trace leaves that state whole.
-
-    Args:
-        function: what to compile.
-        state: containers whose arrays the function reads; the random state is the last of them.
-        outputs: those of them that it writes; the others are as before after every call.
-        compile: False calls the function as it is.
-
-    Attributes:
-        function: the compiled function, to be called directly for keys in :attr:`seen`.
-        seen: keys that were traced before. Stays empty without compilation, where every call may
-            raise in the user's code.
-        num_traces: how often the function was traced.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], state: list[Any], outputs: list[Any], compile: bool
-    ) -> None:
-        self.num_traces = 0
-        self.seen: set[Any] = set()
-        self._state = state
-        self._compiles = compile
-        self._keeps = len(outputs) < len(state)
-
-        def counted(*args: Any) -> Any:
-            self.num_traces += 1
-            return function(*args)
-
-        self.function = mx.compile(counted, inputs=state, outputs=outputs) if compile else counted
-
-    def __call__(self, key: Any, *args: Any) -> Any:
-        """Call the function for a key that may be new: MLX traces, and user code may raise."""
-        if key in self.seen:
-            return self.function(*args)
-        saved, random_state = [snapshot(part) for part in self._state[:-1]], RandomState()
-        try:
-            results = self.function(*args)
-        except BaseException:
-            self._put_back(saved)
-            random_state.restore()
-            raise
-        has_grown = [[*names(part)] for part in self._state[:-1]] != [[*names(p)] for p in saved]
-        if self._keeps:
-            self._put_back(saved)
-        if self._compiles and not has_grown:  # a forward pass that stores arrays is traced again
-            self.seen.add(key)
-        return results
-
-    def _put_back(self, saved: list[Any]) -> None:
-        for part, kept in zip(self._state[:-1], saved, strict=True):
-            restore(part, kept)
 
 
 class Settled:
@@ -162,7 +106,7 @@ class TrainStep:
         self.objective.start()
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
-        self._built_for = fingerprint(self.model)
+        self._built_for = self._fingerprint()
         self._state = [self.model.state, self.optimizer.state, self._scaling, mx.random.state]
         compiles = self.options.compile
         batch_function = self._update_from if self._is_fused else self._accumulate_from
@@ -174,6 +118,9 @@ class TrainStep:
         self._rates.check()
         self._old_traces = self.num_traces
         self._build()
+
+    def _fingerprint(self) -> list[Any]:
+        return [*fingerprint(self.model), settings(self.optimizer)]
 
     @property
     def num_traces(self) -> int:
@@ -193,7 +140,7 @@ class TrainStep:
         self._first_window = self.num_windows
         self._settled = None
         self.num_skipped = 0
-        if fingerprint(self.model) != self._built_for:
+        if self._fingerprint() != self._built_for:
             self._rebuild()
 
     # --- a batch, on the host ---------------------------------------------------------------------
@@ -238,7 +185,7 @@ class TrainStep:
         self._host_batch = host_batch
         warn_of_many_shapes(self._shapes, key[0], batch)
         try:
-            if num_rows(batch) == 0:
+            if is_empty(batch):
                 raise DataError("The batch has no rows. Leave empty batches out of the data.")
             if self._checks_promotion:
                 self._checks_promotion = False
@@ -297,6 +244,20 @@ class TrainStep:
         """The newest step of this epoch that the device has finished, None before the first."""
         return None if self._settled is None else Settled(*self._settled, self._first_window)
 
+    def explain_bad_loss(self, number: int, epoch: int, loss: float) -> str:
+        """The message for a step with a non-finite loss, or with a loss scale that ran out."""
+        where = f"at step {number} (epoch {epoch + 1})"
+        if self._scaling:
+            return (
+                f"The loss scale fell below 1 {where}: gradients overflow float16 at any scale. "
+                "The weights are as before. Use precision='mixed_bfloat16', or smaller inputs."
+            )
+        return (
+            f"The loss was {loss} {where}. The weights have taken that update: go on from a file "
+            "saved before it. A lower learning rate, clip_norm=1.0 or a check of the data usually "
+            "helps; nonfinite='skip' leaves such batches out."
+        )
+
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
     def _update_from(
@@ -313,7 +274,8 @@ class TrainStep:
         overflowed = None if is_good is None else mx.logical_not(is_good)
         entries = self._update(gradients, conditions, overflowed)
         vector = self._pack(terms, entries)
-        running = self._watched(add(running, vector), terms.mean, ends_window=True)
+        is_bad = self._is_bad(terms.mean, overflowed)
+        running = self._watched(add(running, vector), is_bad, terms.mean, ends_window=True)
         return window, running, vector, terms.rows
 
     def _accumulate_from(
@@ -332,7 +294,8 @@ class TrainStep:
             weighted = tree_map(mx.add, window[0], weighted)
             weight, num_bad = window[1] + weight, window[2] + num_bad
         vector = self._pack(terms, self._no_update())
-        running = self._watched(add(running, vector), terms.mean, ends_window=False)
+        is_bad = self._is_bad(terms.mean, None)
+        running = self._watched(add(running, vector), is_bad, terms.mean, ends_window=False)
         return [weighted, weight, num_bad], running, vector, terms.rows
 
     def _update_from_window(self, window: list[Any], running: list[mx.array]) -> Any:
@@ -348,7 +311,8 @@ class TrainStep:
         gradients = tree_map(lambda g: g / weight, gradients)
         entries = self._update(gradients, conditions, overflowed)
         running = add(running, self.sums.place(entries)) if entries else running
-        return self._watched(running, mx.array(0.0), ends_window=True)
+        loss = mx.array(math.nan)
+        return self._watched(running, self._is_bad(None, overflowed), loss, ends_window=True)
 
     def _gradients(self, batch: Any) -> tuple[Terms, Any, mx.array | None]:
         """Terms, gradients of the mean loss, and whether both are finite (None: not asked)."""
@@ -436,16 +400,21 @@ class TrainStep:
             states, terms.rows = keep(states), keep(terms.rows)
         return self.sums.pack(states | entries, computes)
 
-    def _watched(self, running: list[mx.array], mean: mx.array, ends_window: bool) -> Any:
-        added, lost, watch = running
+    def _is_bad(self, mean: mx.array | None, overflowed: mx.array | None) -> mx.array:
+        """Whether this is what ``nonfinite="raise"`` raises for."""
         if self._scaling:
-            # With a loss scale an overflow is no error, until the scale has nowhere left to go.
-            is_bad = self._scaling["scale"] < 1
-        elif self.options.nonfinite == "raise":
-            is_bad = mx.logical_not(mx.isfinite(mean))
-        else:
-            return running
-        return [added, lost, watch_loss(watch, self.sums.lanes, is_bad, mean, ends_window)]
+            # An overflow is no error, until the scale has nowhere left to go.
+            never = mx.array(False)
+            return never if overflowed is None else overflowed & (self._scaling["scale"] < 1)
+        if self.options.nonfinite != "raise" or mean is None:
+            return mx.array(False)
+        return mx.logical_not(mx.isfinite(mean))
+
+    def _watched(
+        self, running: list[mx.array], is_bad: mx.array, loss: mx.array, ends_window: bool
+    ) -> list[mx.array]:
+        added, lost, watch = running
+        return [added, lost, watch_loss(watch, self.sums.lanes, is_bad, loss, ends_window)]
 
     def _warn_of_promotion(self, batch: Any) -> None:
         precision = self.options.precision
@@ -463,38 +432,6 @@ class TrainStep:
 
 
 # --- helpers -------------------------------------------------------------------------------------
-
-
-def warn_of_many_shapes(shapes: dict[Any, str], key: Any, batch: Any) -> None:
-    """Note a new batch shape; each costs a compilation and memory that MLX never gives back."""
-    shapes.setdefault(key, describe(batch))
-    if len(shapes) == MAX_SHAPES + 1:
-        newest = "; ".join(list(shapes.values())[-4:])
-        warnings.warn(
-            f"The step was compiled for {len(shapes)} different batch shapes, and each costs time "
-            f"and memory that is not given back. The newest: {newest}. Pad batches to a few "
-            "fixed lengths, or use drop_last for the last short one.",
-            stacklevel=3,
-        )
-
-
-def evaluate(*live: Any) -> None:
-    """``mx.eval``, once more if a signal killed the compiler that MLX runs on the CPU.
-
-    A terminal sends Ctrl-C to the whole foreground group, and MLX's ``g++`` dies of it, while our
-    handler only takes a note.
-    """
-    try:
-        mx.eval(*live)
-    except RuntimeError as error:
-        if not str(error).startswith(("Could not load C++ shared library", "[Compile::eval_cpu]")):
-            raise
-        mx.eval(*live)
-
-
-def names(tree: Any) -> Iterator[str]:
-    """The dotted names of a tree's arrays."""
-    return (name for name, leaf in leaves(tree) if isinstance(leaf, mx.array))
 
 
 def check_no_new_parameters(model: nn.Module, before: Any) -> None:

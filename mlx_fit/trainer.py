@@ -251,13 +251,14 @@ class Trainer:
         batch = as_batch(x, y, weights)
         with training_mode(self.model), self._computing(None, trains=True):
             step = self._train_step or self._new_train_step()
+            if step.optimizer is not self.optimizer:
+                step = self._new_train_step()
             step.start_epoch(num_batches=1)
             step(batch)
             step.settle()
             if step.settled and step.settled.bad_window:
                 raise NonFiniteLossError(
-                    f"The loss of this batch is {step.settled.bad_loss}. The weights have taken "
-                    "its update; nonfinite='skip' leaves such batches out.",
+                    step.explain_bad_loss(self.step, self.epoch, step.settled.bad_loss),
                     step=self.step,
                     epoch=self.epoch,
                     value=step.settled.bad_loss,
@@ -552,6 +553,7 @@ class Trainer:
             typed = from_runtime_error(error, batch_size=self.batch_size)
             if trains:
                 self._drop_train_step()
+                self._scaling = initial_scale() if self._scaling else {}
             if callbacks is not None:
                 callbacks.report(typed or error)
             if typed is not None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from toys import Do, raising, ramp, trainer_of
 
 from mlx_fit import errors
 from mlx_fit.errors import (
@@ -18,7 +19,6 @@ from mlx_fit.errors import (
     UnknownMonitorError,
     from_runtime_error,
 )
-from toys import Do, raising, ramp, trainer_of
 
 OUT_OF_MEMORY = {
     "[metal::malloc] Attempting to allocate 9000 bytes which is greater than the maximum allowed "
@@ -112,7 +112,9 @@ def test_every_error_is_of_the_family_and_of_its_builtin_kind():
     for name, kind in kinds.items():
         assert issubclass(getattr(errors, name), (MlxFitError,))
         assert issubclass(getattr(errors, name), kind)
-    assert all(issubclass(getattr(errors, n), MlxFitError) for n in errors.__all__ if n[0].isupper())
+    assert all(
+        issubclass(getattr(errors, n), MlxFitError) for n in errors.__all__ if n[0].isupper()
+    )
 
 
 def test_errors_carry_their_facts():

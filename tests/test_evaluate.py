@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from toys import Do, Ones, Recorder, batch_of, ramp, rows_of_ones, still_trainer, trainer_of
 
 from mlx_fit import ConfigurationError, DataError, LambdaCallback, Trainer
-from toys import Do, Ones, Recorder, batch_of, ramp, rows_of_ones, still_trainer, trainer_of
 
 
 def test_loss_and_metrics_come_as_a_dict_of_floats():

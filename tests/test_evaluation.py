@@ -166,3 +166,21 @@ def test_predictions_keep_the_order_of_rows():
     parts = list(trainer.predict_batches(x, batch_size=8, verbose=0))
     assert [len(part) for part in parts] == [8, 8, 5]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
+def test_what_a_forward_pass_stores_in_the_model_is_not_kept(compile):
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self._kept = nn.Linear(4, 3), mx.array(7.0)
+
+        def __call__(self, x):
+            self._kept = self.last(x).mean()
+            return self.last(x)
+
+    model, (x, y) = Keeps(), data()
+    trainer = Trainer(model, loss="cross_entropy", compile=compile, batch_size=10)
+    trainer.evaluate((x, y), verbose=0)
+    trainer.predict(x, verbose=0)
+    assert model._kept.item() == 7

@@ -8,16 +8,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-
-from mlx_fit import (
-    ConfigurationError,
-    DataError,
-    EarlyStopping,
-    LambdaCallback,
-    NonFiniteLossError,
-    TerminateOnNaN,
-    Trainer,
-)
 from toys import (
     Do,
     Ones,
@@ -33,13 +23,23 @@ from toys import (
     weight_of,
 )
 
+from mlx_fit import (
+    ConfigurationError,
+    DataError,
+    EarlyStopping,
+    LambdaCallback,
+    NonFiniteLossError,
+    TerminateOnNaN,
+    Trainer,
+)
+
 
 def fit(trainer, train, val=None, **options):
     return trainer.fit(train, val, **({"verbose": 0} | options))
 
 
-def endless(values=itertools.repeat(1)):
-    return (batch_of(value) for value in values)
+def endless():
+    return (batch_of(1) for _ in itertools.count())
 
 
 # --- epochs, logs, history -----------------------------------------------------------------------
@@ -124,7 +124,9 @@ def test_a_second_fit_goes_on_with_a_new_history():
 
 def test_two_fits_equal_one_longer_fit():
     def trained(*stretches):
-        trainer = trainer_of(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), seed=1)
+        trainer = trainer_of(
+            nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), seed=1
+        )
         mx.random.seed(0)
         trainer.model.apply(lambda p: mx.full(p.shape, 0.1))
         x = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
@@ -372,7 +374,7 @@ def test_an_error_in_the_data_reaches_the_caller():
         raise OSError("the disk went away")
 
     recorder = Recorder()
-    with pytest.raises(OSError, match="^the disk went away$"):
+    with pytest.raises(OSError, match=r"^the disk went away$"):
         fit(trainer_of(), data(), callbacks=recorder)
     assert recorder.names[-1] == "exception"
 

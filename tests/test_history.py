@@ -5,9 +5,9 @@ import math
 import sys
 
 import pytest
+from toys import ramp, trainer_of
 
 from mlx_fit import ConfigurationError, History
-from toys import ramp, trainer_of
 
 
 def history_of(*rows, higher=None):

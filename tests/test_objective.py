@@ -208,6 +208,23 @@ def test_a_scalar_loss_with_weights_is_refused(rng):
         )
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_scalar_mean_as_the_loss_weighs_its_rows(accumulation, rng):
+    x, y = rows(rng)
+
+    def loss(outputs, targets):
+        return (outputs - targets).square().mean()
+
+    found = []
+    for batches in ([(x, y)], [(x[:9], y[:9]), (x[9:], y[9:])]):
+        model = linear(np.random.default_rng(1))
+        rate = 0.1 if accumulation == 2 else 0.0  # without a window only the mean can agree
+        trainer = Trainer(model, optim.SGD(rate), loss, gradient_accumulation=accumulation)
+        history = trainer.fit(batches, verbose=0)
+        found.append([*np.array(model.weight).ravel(), *history.history["loss"]])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_labels_out_of_range_are_named_where_they_come_from_the_host(rng):
     x, y = rng.normal(size=(4, 4)).astype(np.float32), np.array([0, 1, 2, 3])
     trainer = Trainer(nn.Linear(4, 3), optim.SGD(0.1), "cross_entropy")

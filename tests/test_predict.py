@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from toys import Do, Ones, Recorder, batch_of, raising, ramp, rows_of_ones, trainer_of
 
 from mlx_fit import ConfigurationError, DataError, Trainer
-from toys import Do, Ones, Recorder, batch_of, raising, ramp, rows_of_ones, trainer_of
 
 
 class Function(nn.Module):

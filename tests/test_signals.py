@@ -8,15 +8,15 @@ import textwrap
 import threading
 
 import pytest
+from toys import Do, Recorder, ramp, trainer_of, weight_of
 
 from mlx_fit import EarlyStopping, LambdaCallback, Preempted
 from mlx_fit.signals import Interruption, watched
-from toys import Do, Recorder, ramp, trainer_of, weight_of
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Python's own handlers during a test: a job in the background ignores SIGINT from the start."""
+    """Python's own handlers during a test; a job in the background starts without."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

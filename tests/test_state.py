@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from toys import Ones, ramp, trainer_of
 
 from mlx_fit import Trainer
 from mlx_fit.errors import (
@@ -23,7 +24,6 @@ from mlx_fit.errors import (
     NonFiniteLossError,
 )
 from mlx_fit.state import load_parameters, non_finite_names, read_arrays, write_arrays
-from toys import Ones, ramp, trainer_of
 
 
 def arrays_of(value, size=4):

@@ -5,9 +5,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from toys import Ones, batch_of, ramp, still_trainer, trainer_of, weight_of
 
 from mlx_fit import CheckpointMismatchError, ConfigurationError, NonFiniteLossError, Trainer
-from toys import Ones, batch_of, ramp, still_trainer, trainer_of, weight_of
 
 
 @pytest.mark.parametrize(
@@ -204,5 +204,3 @@ def test_the_direction_of_a_key_is_its_metrics():
     assert [trainer.direction(k) for k in ("loss", "val_loss", "mae")] == [False] * 3
     assert trainer.direction("val_a_accuracy") is True
     assert trainer.direction("nothing") is None
-
-

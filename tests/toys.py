@@ -1,4 +1,4 @@
-"""Small models and data with results that can be worked out by hand; see the cases' toys A and R."""
+"""Small models and data with results that can be worked out by hand."""
 
 from __future__ import annotations
 

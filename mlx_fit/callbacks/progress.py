@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback, numbers
+from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.format import format_seconds, format_values, summary_line, values_of
 from mlx_fit.callbacks.screen import Notebook, Screen, Terminal, in_notebook
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.runtime.memory import active_bytes, format_bytes
@@ -32,31 +33,6 @@ def resolve_verbose(verbose: int | str) -> int:
 def progress(verbose: int) -> list[Callback]:
     """The callbacks that print, for a resolved ``verbose``."""
     return [Bars()] if verbose == 1 else [Lines()] if verbose == 2 else []
-
-
-def format_value(value: float) -> str:
-    """Four decimals, or scientific below a thousandth, as Keras prints values."""
-    return f"{value:.4f}" if abs(value) > 1e-3 or value == 0 else f"{value:.4e}"
-
-
-def values_of(logs: Mapping[str, Any]) -> list[str]:
-    """``["loss: 0.5000", "accuracy: 0.9000"]``; matrices are left out."""
-    return [f"{key}: {format_value(value)}" for key, value in numbers(logs).items()]
-
-
-def format_values(logs: Mapping[str, Any]) -> str:
-    """``loss: 0.5000 - accuracy: 0.9000``."""
-    return " - ".join(values_of(logs))
-
-
-def format_seconds(seconds: float) -> str:
-    """``4s``, ``1:05`` or ``2:03:04``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Lines(Callback):
@@ -99,15 +75,6 @@ class Lines(Callback):
     def _print(self, count: int, expected: int | None, logs: Mapping[str, Any]) -> None:
         seconds = time.perf_counter() - self._start
         print(summary_line(count, expected, seconds, logs), flush=True)
-
-
-def summary_line(count: int, expected: int | None, seconds: float, logs: Mapping[str, Any]) -> str:
-    """``4/4 - 1s - 246ms/step - loss: 14.7808``."""
-    each_ms = 1e3 * seconds / max(count, 1)
-    each = f"{each_ms:.0f}ms/step" if each_ms >= 1 else f"{1e3 * each_ms:.0f}us/step"
-    total = count if expected is None else expected
-    parts = [f"{count}/{total}", format_seconds(seconds), each, format_values(logs)]
-    return " - ".join(part for part in parts if part)
 
 
 @dataclass

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from toys import Do, Recorder, raising, ramp, trainer_of
 
 from mlx_fit import Callback, ConfigurationError, LambdaCallback
 from mlx_fit.callbacks.base import CallbackList, numbers
-from toys import Do, Recorder, raising, ramp, trainer_of
 
 
 def test_only_overridden_hooks_are_bound():

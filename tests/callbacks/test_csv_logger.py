@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from toys import Do, batch_of, raising, ramp, rows_of_ones, scripted, trainer_of
 
 from mlx_fit import ConfigurationError, CSVLogger, LambdaCallback, TerminateOnNaN
-from toys import Do, batch_of, raising, ramp, rows_of_ones, scripted, trainer_of
 
 
 def rows_of(path, separator=","):

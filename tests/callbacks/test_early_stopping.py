@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from toys import Do, ramp, scripted, stop, trainer_of, weight_of
 
 from mlx_fit import ConfigurationError, EarlyStopping, UnknownMonitorError
-from toys import Do, ramp, scripted, stop, trainer_of, weight_of
 
 NAN = math.nan
 
@@ -104,13 +104,13 @@ def test_a_mode_wins_over_the_direction():
 
 
 def test_a_value_nobody_declared_needs_a_mode():
-    with pytest.raises(ConfigurationError, match="'mine', whose direction nobody declared.*mode="):
+    with pytest.raises(ConfigurationError, match=r"'mine', whose direction nobody declared.*mode="):
         run([1.0], monitor="mine")
     assert run([1.0, 2.0], monitor="mine", mode="min")[1] == 2
 
 
 def test_a_misspelt_monitor_raises_after_the_first_epoch_and_lists_what_exists():
-    with pytest.raises(UnknownMonitorError, match="'val_los'.*val_loss") as caught:
+    with pytest.raises(UnknownMonitorError, match=r"'val_los'.*val_loss") as caught:
         trainer_of().fit(ramp(1), ramp(1), epochs=5, callbacks=EarlyStopping("val_los"), verbose=0)
     assert "val_mae" in caught.value.available
 

@@ -7,6 +7,7 @@ import os
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from toys import Do, batch_of, ramp, scripted, trainer_of, weight_of
 
 from mlx_fit import (
     CheckpointWriteError,
@@ -17,7 +18,6 @@ from mlx_fit import (
     UnknownMonitorError,
 )
 from mlx_fit.callbacks import model_checkpoint
-from toys import Do, batch_of, ramp, scripted, trainer_of, weight_of
 
 
 def fit(checkpoint, num_batches=1, epochs=1, before=(), trainer=None, **options):
@@ -78,7 +78,7 @@ def test_names_are_filled_in(tmp_path, template, expected):
 
 
 def test_an_unknown_field_raises_at_the_first_save_and_lists_the_keys(tmp_path):
-    with pytest.raises(ConfigurationError, match="names val_los; available here: .*val_loss"):
+    with pytest.raises(ConfigurationError, match=r"names val_los; available here: .*val_loss"):
         fit(ModelCheckpoint(tmp_path / "{val_los}.safetensors"), epochs=3)
     assert names(tmp_path) == []
 

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from toys import batch_of, trainer_of
 
 from mlx_fit import ConfigurationError, EarlyStopping, TerminateOnNaN
-from toys import batch_of, trainer_of
 
 
 def test_it_stops_right_after_the_bad_step():
