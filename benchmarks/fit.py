@@ -61,8 +61,10 @@ def by_hand(width: int, x: np.ndarray, y: np.ndarray, batch_size: int) -> Callab
         optimizer.update(model, gradients)
         return loss
 
+    rng = np.random.default_rng(0)
+
     def batches() -> Iterator[tuple[mx.array, mx.array]]:
-        order = np.random.permutation(len(x))
+        order = rng.permutation(len(x))
         for start in range(0, len(x), batch_size):
             rows = order[start : start + batch_size]
             yield mx.array(x[rows]), mx.array(y[rows])

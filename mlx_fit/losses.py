@@ -34,6 +34,7 @@ class Loss:
         ignore_index: integer targets of this value do not count. None: all of them count.
         class_indices: integer targets choose from the outputs' last axis, unless they have the
             outputs' own shape and so are probabilities.
+        takes_trees: outputs and targets may be trees of arrays, which ``function`` takes apart.
 
     Example:
         >>> import mlx.core as mx
@@ -49,6 +50,7 @@ class Loss:
     function: LossFunction
     ignore_index: int | None = None
     class_indices: bool = False
+    takes_trees: bool = False
 
     def __call__(self, outputs: mx.array, targets: mx.array) -> mx.array:
         """Losses of shape ``(batch, ...)``, exactly 0 (value and gradient) at ignored targets.
@@ -441,4 +443,4 @@ def get(spec: str | Loss | Callable[..., Any]) -> Loss:
             f"loss={spec!r} is a {type(spec).__name__}; expected a name, a Loss or a function "
             "f(outputs, targets)."
         )
-    return Loss(getattr(spec, "__name__", type(spec).__name__), spec)
+    return Loss(getattr(spec, "__name__", type(spec).__name__), spec, takes_trees=True)

@@ -207,7 +207,8 @@ class Supervised(Objective):
         parts: dict[str, tuple[mx.array, mx.array | float]] = {}
         counted: list[tuple[str, Any, mx.array, mx.array]] = []
         for name, loss in self._losses.items():
-            output, target = _pick(outputs, name, "outputs"), _pick(y, name, "targets")
+            output = _pick(outputs, name, "outputs", loss.takes_trees)
+            target = _pick(y, name, "targets", loss.takes_trees)
             weight = weights[name] if isinstance(weights, dict) else weights
             mask = loss.mask(target, output) if self.variant else None
             if loss.class_indices:
@@ -268,7 +269,7 @@ class Supervised(Objective):
             return self._named_weight(y, weights)
         loss, num_classes = self._losses[""], self._num_classes.get("")
         if not loss.class_indices or num_classes == NOT_LABELS:
-            self.variant = loss.ignore_index is not None
+            self.variant = loss.ignore_index is not None and num_classes != NOT_LABELS
             return _host_sum(weights)
         if isinstance(y, mx.array):
             self.variant = loss.ignore_index is not None
@@ -493,16 +494,15 @@ def _metric_list(specs: Any) -> list[Metric]:
     return [metrics.get(spec) for spec in specs]
 
 
-def _pick(tree: Any, name: str, what: str) -> Any:
+def _pick(tree: Any, name: str, what: str, takes_trees: bool) -> Any:
+    """The array of an output by its name, or everything for the one unnamed output."""
     if name == "":
-        if isinstance(tree, mx.array):
+        if takes_trees or isinstance(tree, mx.array):
             return tree
         paths = [path for path, _ in leaves(tree)]
         raise ConfigurationError(
-            f"The model's {what} are {paths}, several arrays, but the loss is for one. Give "
-            "loss={name: ...} for a dict, a loss function inside objective= otherwise."
-            if what == "outputs"
-            else f"The {what} are {paths}; expected one array, or loss={{name: ...}}."
+            f"The {what} are {paths}, several arrays, but the loss is for one. Give "
+            "loss={name: ...} for a dict of outputs, or a function of (outputs, targets)."
         )
     if not isinstance(tree, dict) or name not in tree:
         have = sorted(tree) if isinstance(tree, dict) else type(tree).__name__

@@ -87,9 +87,7 @@ class TrainStep:
         self._window: list[Any] = []
         self._num_in_window = 0
         self._weight_on_host = True
-        self._masks_weight = (
-            False  # set while tracing: only the device knows whether a batch counts
-        )
+        self._masks_weight = False  # set by a trace: whether a batch counts, the device must say
         self._host_batch: Any = None
         self._in_flight: deque[tuple[list[mx.array], int]] = deque()
         self._settled: tuple[list[mx.array], int] | None = None

@@ -232,9 +232,10 @@ class Trainer:
                     self.history,
                     interruption,
                 )
-                fit()
-        self._num_passes = feed.start_epoch + feed.passes_finished
-        return self.history
+                try:
+                    return fit()
+                finally:
+                    self._num_passes = feed.start_epoch + feed.passes_finished
 
     def train(
         self, train_dataset: Any, val_dataset: Any = None, epochs: int = 1, callbacks: Any = ()

@@ -25,7 +25,7 @@ def test_keys_may_be_missing_in_some_epochs():
 
 @pytest.mark.parametrize(("higher", "best"), [(False, (4, 1.0)), (True, (3, 3.0))])
 def test_best_gives_the_epoch_and_the_value_by_the_metrics_direction(higher, best):
-    rows = (3, {"a": 3.0}), (4, {"a": 1.0}), (5, {}), (6, {"a": 1.0}), (7, {"a": math.nan})
+    rows = (2, {"a": math.nan}), (3, {"a": 3.0}), (4, {"a": 1.0}), (5, {}), (6, {"a": 1.0})
     assert history_of(*rows, higher=higher).best("a") == best
 
 

@@ -73,7 +73,7 @@ class Monitor:
         higher_is_better = self._higher_is_better(run)  # first: it may raise, and then at once
         if math.isnan(value):
             return False
-        if best is None or math.isnan(best):
+        if best is None:
             return True
         if higher_is_better:
             return value > best + self._min_delta

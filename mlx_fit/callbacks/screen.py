@@ -36,6 +36,8 @@ class Terminal(Screen):
         return self._console.width
 
     def draw(self, lines: list[str]) -> None:
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
+            return  # nothing can be drawn over there
         from rich.errors import LiveError
         from rich.live import Live
         from rich.text import Text

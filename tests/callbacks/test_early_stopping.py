@@ -50,6 +50,7 @@ def run(values, trainer=None, before=(), **options):
         # NaN is worst and never best
         ({"patience": 2}, [NAN, 0.5, 0.4, NAN, NAN, 0.1], 5, 2),
         ({"patience": 2}, [NAN, NAN, NAN], 2, None),
+        ({}, [NAN, 0.5, 0.6], 3, 1),
         # epochs before start_from_epoch are not judged
         ({"start_from_epoch": 2}, [0, 1, 3, 2, 4], 5, 3),
         # 0.0 is a value
@@ -204,6 +205,16 @@ def test_a_new_fit_starts_over():
         history = trainer_of().fit(ramp(1), ramp(1), epochs=3, callbacks=callbacks, verbose=0)
         assert history.epoch == [0, 1]
         assert stopping.best == 1.0
+
+
+def test_a_new_fit_waits_anew_and_looks_for_the_monitor_anew():
+    stopping = EarlyStopping(patience=3)
+    for values in ([1.0, 2.0, 2.0], [NAN, NAN, 5.0]):
+        callbacks = [scripted("val_loss", values), stopping]
+        history = trainer_of().fit(ramp(1), ramp(1), epochs=3, callbacks=callbacks, verbose=0)
+        assert history.epoch == [0, 1, 2]
+    with pytest.raises(UnknownMonitorError):
+        trainer_of().fit(ramp(1), epochs=3, callbacks=stopping, verbose=0)
 
 
 def test_its_texts_count_epochs_from_one(capsys):

@@ -191,6 +191,11 @@ def test_keep_removes_the_oldest_after_the_newest_is_safe(tmp_path, monkeypatch)
     assert {len(found) for found in before_removal} == {3}
 
 
+def test_keep_never_removes_a_name_that_was_written_again(tmp_path):
+    fit(ModelCheckpoint(tmp_path / "w.safetensors", keep=1), epochs=3)
+    assert names(tmp_path) == ["w.safetensors"]
+
+
 def test_an_old_file_that_cannot_be_removed_ends_nothing(tmp_path):
     (tmp_path / "1.safetensors").mkdir()
     checkpoint = ModelCheckpoint(tmp_path / "{epoch}.safetensors", keep=1)
