@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "CheckpointCorruptError",
@@ -36,7 +37,20 @@ __all__ = [
 
 
 class MlxFitError(Exception):
-    """Base of every error that mlx_fit raises."""
+    """Base of every error that mlx_fit raises. All of them can be pickled, with their facts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(kind: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> Any:
+    """An error as it was, past its own ``__init__``, whose arguments are not kept."""
+    blank = type(kind.__name__, (kind,), {"__init__": lambda self, *args: None})
+    error = blank(*args)
+    error.__class__ = kind
+    error.args = args
+    error.__dict__.update(facts)
+    return error
 
 
 class ConfigurationError(MlxFitError, ValueError):
@@ -234,11 +248,12 @@ class PlanMismatchError(DistributedError):
 class Preempted(MlxFitError, SystemExit):
     """SIGTERM ended the run after a whole step. Uncaught, the process exits with code 143."""
 
+    # SystemExit exits with 1 for a text; 128 + SIGTERM is what schedulers expect.
+    code = 143
+
     def __init__(self, message: str = "stopped by SIGTERM", *, step: int | None = None) -> None:
         super().__init__(message)
         self.step = step
-        # SystemExit prints a text code and exits with 1; 128 + SIGTERM is what schedulers expect.
-        self.code = 143
 
     def __str__(self) -> str:
         return str(self.args[0])

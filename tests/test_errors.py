@@ -1,5 +1,6 @@
 """The error family, and how MLX's texts become typed errors."""
 
+import pickle
 import subprocess
 import sys
 
@@ -135,3 +136,23 @@ def test_preempted_is_an_exit_with_code_143():
     assert (error.code, error.step, str(error)) == (143, 7, "stopped")
     code = "from mlx_fit.errors import Preempted; raise Preempted()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 143
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UnknownMonitorError("val_los", ["val_loss"], "EarlyStopping"),
+        errors.DataError("bad", path="a.jsonl", line=3),
+        errors.OutOfMemoryError("full", needed_bytes=3, suggestion="less"),
+        errors.NonFiniteLossError("nan", step=3, epoch=0, value=float("inf")),
+        errors.CheckpointMismatchError("other", missing=["a"], misshapen={"b": ((1,), (2,))}),
+        errors.PeerError("gone", rank=1, step=2, type="ValueError", message="boom"),
+        errors.Preempted(step=4),
+    ],
+)
+def test_an_error_survives_pickling_with_its_facts(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+    assert getattr(copy, "code", None) == getattr(error, "code", None)

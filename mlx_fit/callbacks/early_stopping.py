@@ -21,11 +21,11 @@ class EarlyStopping(Callback):
         min_delta: smallest change that counts as an improvement over the last accepted best.
         patience: how many judgements (epochs, or evaluations inside epochs) without improvement
             are borne; 0 stops at the first. Never stops at the first judgement.
-        verbose: 1 prints why and when it stopped.
         mode: ``"min"``, ``"max"``, or ``"auto"``, the metric's own direction.
         baseline: the wait only starts over for values that beat this one as well.
         restore_best_weights: at any normal end of the fit put the best epoch's weights back.
         start_from_epoch: epochs (0-based) before this one are not judged.
+        verbose: 1 prints why and when it stopped.
 
     Attributes:
         best, best_epoch: the best value and its epoch (0-based), None before the first.
@@ -38,11 +38,11 @@ class EarlyStopping(Callback):
         monitor: str = "val_loss",
         min_delta: float = 0.0,
         patience: int = 0,
-        verbose: int = 0,
         mode: str = "auto",
         baseline: float | None = None,
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
+        verbose: int = 0,
     ) -> None:
         for name, value in (("patience", patience), ("start_from_epoch", start_from_epoch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:

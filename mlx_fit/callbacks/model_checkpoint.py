@@ -25,7 +25,6 @@ class ModelCheckpoint(Callback):
         filepath: a ``.safetensors`` path. May hold ``{epoch}`` and ``{batch}`` (both 1-based),
             ``{step}``, and any key of the logs: ``"{epoch:02d}-{val_loss:.3f}.safetensors"``.
         monitor: key in the logs, looked at with ``save_best_only``.
-        verbose: 1 prints a line per decision.
         save_best_only: save only when the monitored value improves on the best so far, which
             persists over fits.
         save_weights_only: None or True: weights are what a ``.safetensors`` file holds.
@@ -34,6 +33,7 @@ class ModelCheckpoint(Callback):
             counted across epochs.
         initial_value_threshold: the first value must beat this one.
         keep: how many files to keep; the oldest goes once the newest is safe. None keeps all.
+        verbose: 1 prints a line per decision.
 
     Attributes:
         best: the best value so far, None before the first.
@@ -44,13 +44,13 @@ class ModelCheckpoint(Callback):
         self,
         filepath: str | Path,
         monitor: str = "val_loss",
-        verbose: int = 0,
         save_best_only: bool = False,
         save_weights_only: bool | None = None,
         mode: str = "auto",
         save_freq: int | str = "epoch",
         initial_value_threshold: float | None = None,
         keep: int | None = None,
+        verbose: int = 0,
     ) -> None:
         self.filepath = str(filepath)
         self.monitor = monitor

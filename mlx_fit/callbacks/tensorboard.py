@@ -28,7 +28,7 @@ class TensorBoard(Callback):
             running means after those batches. Only there values are read from the device.
     """
 
-    def __init__(self, log_dir: str | Path = "runs", update_freq: int | str = "epoch") -> None:
+    def __init__(self, log_dir: str | Path = "runs", *, update_freq: int | str = "epoch") -> None:
         self.log_dir = Path(log_dir)
         self._every = _batches_between(update_freq)
         self._writers: dict[str, Any] = {}
