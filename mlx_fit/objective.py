@@ -214,7 +214,9 @@ class Supervised(Objective):
             if loss.class_indices:
                 is_labels = loss.is_labels(target, output)
                 self._num_classes[name] = output.shape[-1] if is_labels else NOT_LABELS
-            parts[name] = mean_loss(loss(output, target), weight, mask, rows)
+            # Nothing is ignored in most batches; then the mask's work is left out of the step.
+            values = loss(output, target) if self.variant else loss.function(output, target)
+            parts[name] = mean_loss(values, weight, mask, rows)
             clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
             counted.append((name, output, clean, metric_weights(weight, mask, rows)))
         self._add_losses(terms, parts, weights, rows)
