@@ -50,6 +50,11 @@ def check_trainer(
     model: Any, optimizer: Any, batch_size: Any, device_config: Any, seed: Any
 ) -> None:
     """Raise for what a trainer cannot be made of."""
+    for name, value in (("model", model), ("optimizer", optimizer)):
+        if isinstance(value, type):
+            raise ConfigurationError(
+                f"{name} is the class {value.__name__}; make an object: {value.__name__}(...)."
+            )
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"model is {type(model).__name__}; expected an mlx.nn.Module. The weights of a torch "

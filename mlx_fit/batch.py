@@ -70,7 +70,13 @@ def _is_plain(array: np.ndarray) -> bool:
 
 def _from_numpy(leaf: Any) -> mx.array:
     """An array that MLX cannot take as it is: its strides, its byte order, or no NumPy array."""
-    array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    try:
+        array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+    except Exception as error:
+        raise DataError(
+            f"A batch holds {type(leaf).__name__} data that NumPy cannot read: {error} Give NumPy "
+            "or MLX arrays; for a torch tensor use tensor.detach().float().numpy()."
+        ) from error
     if array.dtype.kind not in "fiubc":
         raise DataError(
             f"A batch holds {type(leaf).__name__} data of dtype {array.dtype}, which is not "
@@ -123,8 +129,8 @@ def is_empty(batch: Any) -> bool:
 
 def describe(batch: Any) -> str:
     """Names, shapes and dtypes of a batch in one line, for messages."""
-    names: Any = ("x", "y", "weights")
-    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields") or len(batch) > 3:
+    names: Any = getattr(batch, "_fields", ("x", "y", "weights"))
+    if not isinstance(batch, (tuple, list)) or len(batch) > len(names):
         names, batch = ("batch",), (batch,)
     return ", ".join(
         f"{path}: {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('mlx.core.')}"

@@ -24,6 +24,7 @@ class EvaluationStep:
 
     def __init__(self, model: nn.Module, objective: Objective, options: StepOptions) -> None:
         self.sums = Sums()
+        self.is_running = False  # an evaluation inside an evaluation needs sums of its own
         self._model = model
         self._objective = objective
         self._options = options
@@ -49,6 +50,7 @@ class EvaluationStep:
         """Add one batch to the sums."""
         host_batch = batch
         if self._objective.host_weight(host_batch) == 0.0:
+            self.sums.batch = None
             return
         batch = to_mlx(host_batch)
         key = (signature(batch), self._objective.variant)
@@ -81,8 +83,8 @@ class EvaluationStep:
 
     def _evaluate(self, variant: bool, batch: Any, running: list[mx.array]) -> Any:
         precision = self._options.precision
-        with precision.weights_cast(self._model):
-            terms = self._objective(self._model, precision.cast_inputs(batch))
+        with precision.casting(self._model):
+            terms = self._objective(self._model, batch)
         if self._host_batch is not None:
             self._objective.host_weight(self._host_batch)
         vector = self.sums.pack(terms.states, terms.computes)
@@ -119,5 +121,5 @@ class PredictionStep:
         return outputs
 
     def _predict(self, x: Any) -> Any:
-        with self._options.precision.weights_cast(self._model):
-            return float32(forward(self._model, self._options.precision.cast(x)))
+        with self._options.precision.casting(self._model):
+            return float32(forward(self._model, x))

@@ -127,6 +127,8 @@ class Fit:
         callbacks.call("on_train_end", logs)
         if self._interruption.name:
             self._history.stopped_by = self._interruption.name
+        elif run.stop_training and self._history.stopped_by is None:
+            self._history.stopped_by = "stop_training"
         self._raise_if_terminated()
         return self._history
 
@@ -160,6 +162,8 @@ class Fit:
         if self._validation and self._schedule.validates_after(epoch):
             self._validate()
             if self._interruption.name:
+                # The epoch's training is complete, its end is not: the row is kept, no hook called.
+                self._history.append(epoch, logs | self._update_logs())
                 return {}
         logs = {**logs, **self._validated, **self._update_logs()}
         callbacks.call("on_epoch_end", epoch, logs)
@@ -229,6 +233,7 @@ class Fit:
 
     def _raise_if_terminated(self) -> None:
         if self._interruption.name == "SIGTERM":
+            self._history.stopped_by = "SIGTERM"
             step = self._run.step
             raise Preempted(f"SIGTERM ended the run after step {step}.", step=step)
 

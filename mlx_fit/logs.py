@@ -165,6 +165,8 @@ class Values(Mapping[str, Any]):
         if key in self._rows.batches:
             first, last = self._span
             return self._layout.computes[key](self._rows.read(key, first, last))
+        if key not in self._layout.summed:
+            return None
         return self._layout.value(key, self.vector)
 
     def __getitem__(self, key: str) -> Any:
@@ -220,8 +222,7 @@ class Sums:
 
     def values(self) -> Values:
         """Means over the pass so far."""
-        running = () if self.batch is None else self.running[:2]
-        return Values(self.layout, running, self.rows, 0, self.rows.num_batches)
+        return Values(self.layout, self.running[:2], self.rows, 0, self.rows.num_batches)
 
     def pack(self, entries: Entries, computes: Mapping[str, Compute]) -> mx.array:
         """The vector of a batch. Runs while tracing."""
@@ -307,8 +308,7 @@ class Logs(MutableMapping[str, Any]):
     @cached_property
     def running(self) -> Values:
         """Means over the pass so far."""
-        running = () if self._batch is None else self._running[:2]
-        return Values(self._layout, running, self._rows, 0, self._num_batches)
+        return Values(self._layout, self._running[:2], self._rows, 0, self._num_batches)
 
     @cached_property
     def batch(self) -> Values:

@@ -197,10 +197,7 @@ class Supervised(Objective):
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         x, y, weights = unpack(batch)
         if y is None:
-            raise DataError(
-                "The batch has no targets, which the loss needs; expected (x, y) or "
-                "(x, y, weights). For batches of another form pass objective= instead of loss=."
-            )
+            raise DataError(_no_targets(batch))
         outputs = float32(forward(model, x))
         rows = num_rows(batch)
         terms = Terms(mx.array(0.0), rows)
@@ -216,6 +213,11 @@ class Supervised(Objective):
                 self._num_classes[name] = output.shape[-1] if is_labels else NOT_LABELS
             # Nothing is ignored in most batches; then the mask's work is left out of the step.
             values = loss(output, target) if self.variant else loss.function(output, target)
+            if not isinstance(values, mx.array):
+                raise ConfigurationError(
+                    f"The loss {loss.name!r} returned {values!r}; expected an mx.array: losses of "
+                    "shape (batch, ...), or a scalar mean. Is its return statement missing?"
+                )
             parts[name] = mean_loss(values, weight, mask, rows)
             clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
             counted.append((name, output, clean, metric_weights(weight, mask, rows)))
@@ -442,6 +444,23 @@ def _reciprocal(weight: mx.array | float) -> mx.array | float:
     return 1.0 / weight if weight > 0 else 0.0
 
 
+def _no_targets(batch: Any) -> str:
+    """Why a batch has no targets, and what to change."""
+    expected = "the loss needs targets; expected a tuple (x, y) or (x, y, weights)"
+    if isinstance(batch, dict):
+        return (
+            f"The batch is a dict with {', '.join(map(str, batch))}, but {expected}. Turn its rows "
+            "into pairs, Map(dataset, lambda row, rng: (row['x'], row['y'])), or pass "
+            "objective=f(model, batch), which gets the dict."
+        )
+    if hasattr(batch, "_fields"):
+        return (
+            f"The batch is a NamedTuple {type(batch).__name__}({', '.join(batch._fields)}), but "
+            f"{expected}. Make it a plain tuple, or pass objective=f(model, batch), which gets it."
+        )
+    return f"The batch has no targets, but {expected}. Or pass objective= instead of loss=."
+
+
 def _sum_of_counted(weights: np.ndarray, counts: np.ndarray) -> float:
     """The weights of targets that are not ignored. A clash of shapes is left to the trace."""
     if weights.shape != counts.shape[: weights.ndim]:
@@ -453,7 +472,18 @@ def _host_sum(weights: Any) -> float | None:
     """The sum of a batch's weights; 1 where there are none, None where only the device knows it."""
     if weights is None:
         return 1.0
-    return None if isinstance(weights, mx.array) else float(np.asarray(weights).sum())
+    if isinstance(weights, mx.array):
+        return None
+    weights = np.asarray(weights)
+    if not (weights >= 0).all():
+        row = int(np.argwhere(~(weights >= 0))[0][0])
+        raise DataError(
+            f"The weights of row {row} of the batch are {weights[row]}; expected numbers of at "
+            "least 0.",
+            field="weights",
+            index=row,
+        )
+    return float(weights.sum())
 
 
 def _pair(total: mx.array, weight: mx.array | float) -> State:

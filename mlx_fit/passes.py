@@ -52,6 +52,7 @@ def evaluate_pass(
     """One pass of evaluation: its values. Restores modes and the random key."""
     callbacks.call("on_test_begin", {})
     random_state = RandomState()
+    step.is_running = True
     try:
         with evaluation_mode(run.model):
             step.start()
@@ -63,6 +64,7 @@ def evaluate_pass(
                 stops,
             )
     finally:
+        step.is_running = False
         random_state.restore()
     sums = step.sums
     logs = {key: plain(value) for key, value in sums.values().items()}

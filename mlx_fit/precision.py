@@ -75,19 +75,13 @@ class Precision:
             return tree
         return tree_map(lambda a: a.astype(dtype) if _is_float(a) else a, tree)
 
-    def cast_inputs(self, batch: Any) -> Any:
-        """The batch with the floats of ``x`` cast; targets, weights and NamedTuples are left."""
-        if self.compute_dtype is None or hasattr(batch, "_fields"):
-            return batch
-        if isinstance(batch, (tuple, list)):
-            return type(batch)([self.cast(batch[0]), *batch[1:]])
-        return self.cast(batch)
-
     @contextmanager
-    def weights_cast(self, model: nn.Module) -> Iterator[None]:
-        """Weights in the dtype of the forward pass inside, the originals again outside.
+    def casting(self, model: nn.Module) -> Iterator[None]:
+        """Weights, and the inputs of ``model(...)``, in the dtype of the forward pass inside.
 
-        Buffers (running statistics) are never cast, and keep what the forward pass made of them.
+        Outside the weights are the originals again. Buffers (running statistics) are never cast,
+        and keep what the forward pass made of them. Targets and sample weights are not touched: an
+        objective sees its batch as it is, and only what it calls the model with is cast.
         """
         if self.compute_dtype is None:
             yield
@@ -95,13 +89,24 @@ class Precision:
         originals = weights_of(model)
         cast = [(name, value.astype(self.compute_dtype)) for name, value in originals]
         assign(model, cast)
+        kind = type(model)
+        model.__class__ = self._casting_class(kind)
         try:
             yield
         finally:
+            model.__class__ = kind
             now = dict(named_arrays(model.parameters()))
             # What the forward pass replaced is a buffer of the user's own, and stays.
             kept = [now.get(name) is value for name, value in cast]
             assign(model, [o for o, is_kept in zip(originals, kept, strict=True) if is_kept])
+
+    def _casting_class(self, kind: type) -> type:
+        """A subclass that casts what it is called with: Python looks calls up in the class."""
+
+        def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return kind.__call__(model, *self.cast(args), **self.cast(kwargs))
+
+        return type(kind.__name__, (kind,), {"__call__": call})
 
 
 POLICIES = {

@@ -161,6 +161,8 @@ class TrainStep:
             self._window, sums.running, sums.batch, rows = results
             if rows:
                 sums.rows.append(rows)
+        else:
+            self.sums.batch = None
         self._num_batches_left -= 1
         if self._is_fused and weight != 0.0:
             self.num_windows += 1  # in line: the usual case, and calls are counted
@@ -322,8 +324,8 @@ class TrainStep:
 
         def scaled_loss(parameters: Any, batch: Any) -> mx.array:
             model.update(parameters)
-            with precision.weights_cast(model):
-                found.append(self.objective(model, precision.cast_inputs(batch)))
+            with precision.casting(model):
+                found.append(self.objective(model, batch))
             return found[-1].mean if scale is None else found[-1].mean * scale
 
         gradients = mx.grad(scaled_loss)(parameters, batch)
@@ -419,8 +421,8 @@ class TrainStep:
         saved, key = snapshot(self.model.state), RandomState()
 
         def run_forward() -> None:
-            with precision.weights_cast(self.model):
-                self.objective(self.model, precision.cast_inputs(batch))
+            with precision.casting(self.model):
+                self.objective(self.model, batch)
 
         try:
             warn_of_promotion(self.model, run_forward)

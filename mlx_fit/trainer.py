@@ -238,7 +238,7 @@ class Trainer:
                     self._num_passes = feed.start_epoch + feed.passes_finished
 
     def train(
-        self, train_dataset: Any, val_dataset: Any = None, epochs: int = 1, callbacks: Any = ()
+        self, train_dataset: Any, val_dataset: Any = None, epochs: int = 1, *, callbacks: Any = ()
     ) -> History:
         """The same as :meth:`fit`, by the name that earlier MLX training code used."""
         return self.fit(train_dataset, val_dataset, epochs=epochs, callbacks=callbacks)
@@ -296,6 +296,8 @@ class Trainer:
             callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
             with self._computing(callback_list):
                 step = self._evaluation_step or self._new_evaluation_step()
+                if step.is_running:
+                    step = EvaluationStep(self.model, self._require_objective(), self._options)
                 return evaluate_pass(
                     self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
                 )

@@ -1,7 +1,10 @@
 """The semantics of ``Trainer.fit``; numbers worked out by hand or measured on Keras."""
 
 import itertools
+import os
+import signal
 import threading
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -773,3 +776,61 @@ def test_wrong_arguments_leave_the_modes_alone():
     with pytest.raises(ConfigurationError):
         fit(trainer, ramp(), epochs=-1)
     assert not trainer.model.training
+
+
+def test_a_skipped_batch_has_no_values_of_its_own():
+    batch = LambdaCallback(on_train_batch_end=lambda b, logs: seen.append(logs.batch.get("loss")))
+    seen = []
+    x = np.ones((2, 4), np.float32)
+    ignored, counted = (x, np.array([-100, -100])), (x, np.array([0, 1]))
+    trainer = Trainer(nn.Linear(4, 3), optim.SGD(0.1), "cross_entropy")
+    trainer.fit([counted, ignored, counted], callbacks=batch, verbose=0)
+    assert [value is None for value in seen] == [False, True, False]
+
+
+def test_an_evaluation_inside_validation_leaves_its_sums_alone():
+    data = ramp(4)
+    trainer = still_trainer()
+
+    def evaluate_again(batch, logs):
+        if batch == 1 and trainer.info.kind == "fit":
+            trainer.evaluate(ramp(2), verbose=0)
+
+    again = LambdaCallback(on_test_batch_end=evaluate_again)
+    history = trainer.fit(data, data, callbacks=again, verbose=0)
+    assert history.history["val_loss"] == [56]
+
+
+def test_an_interrupted_validation_keeps_the_row_of_its_epoch():
+    interrupt = LambdaCallback(on_test_batch_end=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    history = trainer_of().fit(
+        rows_of_ones(), rows_of_ones(), epochs=3, callbacks=interrupt, verbose=0
+    )
+    assert (history.epoch, history.stopped_by) == ([0], "SIGINT")
+    assert "loss" in history.history
+    assert "val_loss" not in history.history
+
+
+def test_negative_weights_are_refused_by_row():
+    x, y = rows_of_ones()
+    with pytest.raises(DataError, match="row 1 of the batch are -1"):
+        trainer_of().fit([(x, y, np.array([1.0, -1.0] + [1.0] * (len(x) - 2)))], verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"), [({"image": 1}, "dict with image"), ("tuple", "NamedTuple")]
+)
+def test_a_batch_without_targets_says_what_it_is(batch, says):
+    class Pair(NamedTuple):
+        x: np.ndarray
+        y: np.ndarray
+
+    x = np.ones((2, 4), np.float32)
+    batch = {"image": x} if isinstance(batch, dict) else Pair(x, x)
+    with pytest.raises(DataError, match=says):
+        trainer_of().fit([batch], verbose=0)
+
+
+def test_a_loss_that_forgets_its_return_is_told_so():
+    with pytest.raises(ConfigurationError, match="returned None"):
+        trainer_of(loss=lambda outputs, targets: None).fit(rows_of_ones(), verbose=0)

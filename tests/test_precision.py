@@ -349,3 +349,24 @@ def test_the_scale_goes_on_in_the_next_fit_and_travels_in_the_state(rng):
     other.load_state_dict(trainer.state_dict())
     other.fit([overflowing(rng)], verbose=0)
     assert (scale_of(trainer), scale_of(other)) == (2.0**14, 2.0**13)
+
+
+def test_an_objective_gets_its_batch_untouched_and_only_the_models_inputs_are_cast(rng):
+    x, y = rng.normal(size=(8, 4)).astype(np.float32), np.full(8, 1234.5, np.float32)
+    seen = {}
+
+    class Watched(nn.Linear):
+        def __call__(self, x):
+            seen["input"] = x.dtype
+            return super().__call__(x)
+
+    def objective(model, batch):
+        seen["targets"] = batch["y"].dtype
+        return (model(batch["x"])[:, 0] - batch["y"]).square().mean()
+
+    trainer = Trainer(
+        Watched(4, 1), optim.SGD(1e-9), objective=objective, precision="mixed_bfloat16"
+    )
+    trainer.fit([{"x": x, "y": y}], verbose=0)
+    assert seen == {"input": mx.bfloat16, "targets": mx.float32}
+    assert type(trainer.model) is Watched

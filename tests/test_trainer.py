@@ -13,10 +13,10 @@ from mlx_fit import CheckpointMismatchError, ConfigurationError, NonFiniteLossEr
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model": Ones}, "model is type; expected an mlx.nn.Module"),
+        ({"model": Ones}, "model is the class .*; make an object"),
         ({"model": object()}, "expected an mlx.nn.Module"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; expected an MLX optimizer"),
-        ({"optimizer": optim.SGD}, "expected an MLX optimizer"),
+        ({"optimizer": optim.SGD}, "is the class SGD; make an object"),
         ({"loss": "mes"}, "Did you mean 'mse'"),
         ({"metrics": ["acuracy"]}, "Did you mean 'accuracy'"),
         ({"objective": lambda model, batch: 0}, "either loss= or objective="),

@@ -39,9 +39,16 @@ class DigitNet(nn.Module):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mlx-fit demo``."""
-    parser.add_argument("--epochs", type=int, default=30, help="at most so many (default 30)")
+    parser.add_argument("--epochs", type=_positive, default=30, help="at most so many (default 30)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where files go")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} epochs; expected at least 1")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,7 +99,8 @@ def _print_result(out: Path, history: History, metrics: dict[str, float], second
     table.add_row("TensorBoard files", str(out / "tensorboard"))
     console = Console()
     console.print(table)
-    console.print("Next: the 20 lines behind this are in the README; see your machine with")
+    console.print(f"Next: read what just ran in {__file__},")
+    console.print("see your machine with")
     console.print("  mlx-fit doctor")
     console.print("and the curves with")
     console.print(f"  pip install tensorboard && tensorboard --logdir {out / 'tensorboard'}")

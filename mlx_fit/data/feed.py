@@ -93,8 +93,13 @@ class Feed:
         self.passes_finished += 1
         if self._num_drawn == 0:
             raise DataError(
-                f"{self.source.name} gave no batch in pass {self.passes_finished} over it. A "
-                "function must return a new iterator each time it is called."
+                f"{self.source.name} gave no batch in pass {self.passes_finished} over it"
+                + (
+                    ": the iterator is empty."
+                    if self.source.one_shot
+                    else ". What gives batches "
+                    "must start anew for each pass; a function must return a new iterator."
+                )
             )
 
     def _ran_out(self, step: int) -> DataError:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_fit.errors import DataError
+from mlx_fit.errors import ConfigurationError, DataError
 
 State = dict[str, mx.array]
 HostState = dict[str, np.ndarray]
@@ -84,7 +84,13 @@ class Mean(Metric):
 
     def update(self, outputs: mx.array, targets: mx.array, weights: mx.array) -> State:
         """Sum of the function's values times their weights, and sum of the weights."""
-        return weighted(self.name, self.function(outputs, targets), weights)
+        values = self.function(outputs, targets)
+        if not isinstance(values, mx.array):
+            raise ConfigurationError(
+                f"The metric {self.name!r} returned {values!r}; expected an mx.array: one value a "
+                "row, or a scalar mean. Inside the compiled step there is no .item()."
+            )
+        return weighted(self.name, values, weights)
 
     def compute(self, state: HostState) -> float | None:
         """Sum over weight."""
