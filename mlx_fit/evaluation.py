@@ -25,7 +25,7 @@ class EvaluationStep:
     def __init__(self, model: nn.Module, objective: Objective, options: StepOptions) -> None:
         self.sums = Sums()
         self.is_running = False  # an evaluation inside an evaluation needs sums of its own
-        self._model = model
+        self.model = model
         self._objective = objective
         self._options = options
         self._host_batch: Any = None
@@ -35,10 +35,10 @@ class EvaluationStep:
     def start(self) -> None:
         """A new pass: forget the sums, and compile anew if the model's layers have changed."""
         self.sums.restart()
-        if (now := fingerprint(self._model)) != self._built_for:
+        if (now := fingerprint(self.model)) != self._built_for:
             self._built_for = now
             self._objective.start()
-            state = [self._model.state, mx.random.state]
+            state = [self.model.state, mx.random.state]
             self._batch = Traced(self._evaluate, state, state[1:], self._options.compile)
 
     @property
@@ -83,8 +83,8 @@ class EvaluationStep:
 
     def _evaluate(self, variant: bool, batch: Any, running: list[mx.array]) -> Any:
         precision = self._options.precision
-        with precision.casting(self._model):
-            terms = self._objective(self._model, batch)
+        with precision.casting(self.model):
+            terms = self._objective(self.model, batch)
         if self._host_batch is not None:
             self._objective.host_weight(self._host_batch)
         vector = self.sums.pack(terms.states, terms.computes)
@@ -95,15 +95,15 @@ class PredictionStep:
     """The model's outputs for one batch of inputs, floats as float32."""
 
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
-        self._model = model
+        self.model = model
         self._options = options
         self._built_for: Any = None
 
     def start(self) -> None:
         """A new pass: compile anew if the model's layers have changed."""
-        if (now := fingerprint(self._model)) != self._built_for:
+        if (now := fingerprint(self.model)) != self._built_for:
             self._built_for = now
-            state = [self._model.state, mx.random.state]
+            state = [self.model.state, mx.random.state]
             self._batch = Traced(self._predict, state, state[1:], self._options.compile)
 
     def __call__(self, host_batch: Any) -> Any:
@@ -121,5 +121,5 @@ class PredictionStep:
         return outputs
 
     def _predict(self, x: Any) -> Any:
-        with self._options.precision.casting(self._model):
-            return float32(forward(self._model, x))
+        with self._options.precision.casting(self.model):
+            return float32(forward(self.model, x))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
@@ -180,8 +182,8 @@ class Fit:
         logs = {key: values[key] for key in UPDATE_KEYS if key in values}
         if self._step.num_skipped:
             logs["skipped_updates"] = logs.get("skipped_updates", 0.0) + self._step.num_skipped
-        rate = self._run.learning_rate
-        return logs if rate is None else {"learning_rate": rate, **logs}
+        rate = self._step.learning_rate
+        return logs if rate is None else {"learning_rate": float(np.array(rate)), **logs}
 
     # --- between batches --------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from mlx_fit.sums import long_sum
 
 State = dict[str, mx.array]
 HALF = (mx.float16, mx.bfloat16)
+RESERVED = frozenset({"loss", "learning_rate", "grad_norm", "skipped_updates", "epoch", "step"})
 NOT_LABELS = 0  # in place of a number of classes: the targets are probabilities
 
 
@@ -123,12 +124,18 @@ class FunctionObjective(Objective):
         result = self._function(model, batch)
         if isinstance(result, Sums):
             return self._from_sums(result)
-        loss, named = result if isinstance(result, tuple) else (result, {})
+        loss, named = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(named, Mapping):
+            raise ConfigurationError(
+                f"The objective returned (loss, {type(named).__name__}); expected a scalar, "
+                "(scalar, {name: scalar}) or Sums(loss, weight)."
+            )
         loss = _scalar("The objective's loss", loss)
         weight = num_rows(batch)
         terms = Terms(loss.astype(mx.float32), weight)
         terms.count("loss", loss, weight)
         for name, value in named.items():
+            check_name(name)
             terms.count(name, _scalar(f"The objective's {name!r}", mx.array(value)), weight)
         self._names.update(named)
         return terms
@@ -140,6 +147,7 @@ class FunctionObjective(Objective):
         terms.states["loss"] = _pair(loss, sums.weight)
         terms.computes["loss"] = divide
         for name, (value, weight) in sums.metrics.items():
+            check_name(name)
             terms.states[name] = _pair(value, weight)
             terms.computes[name] = divide
         self._names.update(sums.metrics)
@@ -251,6 +259,7 @@ class Supervised(Objective):
     def _add_metric(
         terms: Terms, key: str, metric: Metric, output: Any, target: mx.array, weight: mx.array
     ) -> None:
+        check_name(key)
         if key in terms.computes:
             raise ConfigurationError(f"Two metrics are called {key!r}; rename one with name=.")
         state = metric.update(output, target, weight)
@@ -314,6 +323,14 @@ class Supervised(Objective):
                 key = f"{name}_{metric.name}" if self._named else metric.name
                 found[key] = metric.higher_is_better
         return found
+
+
+def check_name(name: str) -> None:
+    """Raise for a name that the trainer itself logs under."""
+    if name in RESERVED or name.startswith("val_"):
+        raise ConfigurationError(
+            f"{name!r} is a name that the trainer logs under itself; give the value another one."
+        )
 
 
 def as_objective(loss: Any, metric_specs: Any, objective: Any) -> Objective | None:

@@ -28,7 +28,7 @@ from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
 from mlx_fit.precision import next_scale, warn_of_promotion
-from mlx_fit.rates import RateGuard, settings
+from mlx_fit.rates import RateGuard, optimizers_of, settings
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
 
@@ -61,6 +61,7 @@ class TrainStep:
         window_open: whether batches wait for their update.
         num_windows: windows closed so far.
         num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
+        learning_rate: the rate of the newest update, before anybody changes it; on the device.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TrainStep:
         self.window_open = False
         self.num_windows = 0
         self.num_skipped = 0
+        self.learning_rate: mx.array | None = None
         self._num_batches_left = -1
         self._scaling = scaling
         self._is_fused = options.gradient_accumulation == 1
@@ -111,6 +113,7 @@ class TrainStep:
         self._batch = Traced(batch_function, self._state, self._state, compiles)
         self._flush = Traced(self._update_from_window, self._state, self._state, compiles)
         self._rates = RateGuard(self.optimizer)
+        self._rate_state = optimizers_of(self.optimizer)[0].state
 
     def _rebuild(self) -> None:
         self._rates.check()
@@ -222,6 +225,7 @@ class TrainStep:
         sums = self.sums
         if self._rates.is_needed:
             self._rates.note()
+        self.learning_rate = self._rate_state.get("learning_rate")
         live = self._state, self._window, sums.running, sums.batch, sums.rows.newest
         if not self._is_async:
             evaluate(*live)  # host synchronisation, the one of a step

@@ -252,7 +252,7 @@ class Trainer:
         batch = as_batch(x, y, weights)
         with training_mode(self.model), self._computing(None, trains=True):
             step = self._train_step or self._new_train_step()
-            if step.optimizer is not self.optimizer:
+            if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
             step(batch)
@@ -296,6 +296,8 @@ class Trainer:
             callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
             with self._computing(callback_list):
                 step = self._evaluation_step or self._new_evaluation_step()
+                if step.model is not self.model:
+                    step = self._new_evaluation_step()
                 if step.is_running:
                     step = EvaluationStep(self.model, self._require_objective(), self._options)
                 return evaluate_pass(
@@ -347,8 +349,9 @@ class Trainer:
         source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
-        step = self._prediction_step or PredictionStep(self.model, self._options)
-        self._prediction_step = step
+        step = self._prediction_step
+        if step is None or step.model is not self.model:
+            step = self._prediction_step = PredictionStep(self.model, self._options)
         self.stop_predicting = False
         return predict_pass(
             self,

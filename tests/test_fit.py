@@ -817,18 +817,43 @@ def test_negative_weights_are_refused_by_row():
         trainer_of().fit([(x, y, np.array([1.0, -1.0] + [1.0] * (len(x) - 2)))], verbose=0)
 
 
+class Pair(NamedTuple):
+    x: np.ndarray
+    y: np.ndarray
+
+
 @pytest.mark.parametrize(
-    ("batch", "says"), [({"image": 1}, "dict with image"), ("tuple", "NamedTuple")]
+    ("batch", "says"),
+    [({"image": np.ones((2, 4))}, "dict with image"), (Pair(np.ones((2, 4)), None), "NamedTuple")],
 )
 def test_a_batch_without_targets_says_what_it_is(batch, says):
-    class Pair(NamedTuple):
-        x: np.ndarray
-        y: np.ndarray
-
-    x = np.ones((2, 4), np.float32)
-    batch = {"image": x} if isinstance(batch, dict) else Pair(x, x)
     with pytest.raises(DataError, match=says):
-        trainer_of().fit([batch], verbose=0)
+        fit(trainer_of(), [batch])
+
+
+def test_another_model_is_the_one_that_is_evaluated_and_predicted():
+    trainer, x = trainer_of(), np.ones((2, 4), np.float32)
+    before = trainer.evaluate(rows_of_ones(), verbose=0)["loss"], trainer.predict(x, verbose=0)
+    trainer.model = nn.Linear(4, 3)
+    assert trainer.evaluate(rows_of_ones(), verbose=0)["loss"] != before[0]
+    assert not np.array_equal(trainer.predict(x, verbose=0), before[1])
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "val_loss"])
+def test_an_objective_cannot_take_a_name_that_the_trainer_uses(name):
+    objective = lambda model, batch: (model(batch[0]).mean(), {name: mx.array(1.0)})  # noqa: E731
+    trainer = Trainer(Ones(), optim.SGD(0.1), objective=objective)
+    with pytest.raises(ConfigurationError, match=f"{name!r} is a name"):
+        fit(trainer, rows_of_ones())
+
+
+def test_the_learning_rate_of_an_epoch_is_the_one_that_its_last_update_used():
+    def change(batch, logs):
+        trainer.optimizer.learning_rate = 0.5
+
+    trainer = trainer_of(learning_rate=0.1)
+    history = fit(trainer, [batch_of(1)], callbacks=LambdaCallback(on_train_batch_end=change))
+    assert history.history["learning_rate"] == pytest.approx([0.1])
 
 
 def test_a_loss_that_forgets_its_return_is_told_so():
