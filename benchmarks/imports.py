@@ -16,7 +16,9 @@ CLOCK = "import time; start = time.perf_counter(); {}; print(time.perf_counter()
 
 def seconds(statement: str) -> float:
     command = [sys.executable, "-c", CLOCK.format(statement)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return float(run.stdout)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -276,6 +275,8 @@ class Map:
 
 def exact_fraction(value: float) -> Any:
     """The fraction that a float was written for: 0.3 is 3/10, so that 0.3 * 10 rows are 3."""
+
+    from fractions import Fraction  # slow to import, and used once a run
 
     return Fraction(value).limit_denominator(10**9)
 
