@@ -253,9 +253,9 @@ class Fit:
                 return
             found |= {prefix + key: value for key, value in values.items()}
         self._validated = found
+        self._callbacks.call("on_validation_end", found)
         row = {"step": self._run.step, "epoch": self._run.epoch, **found}
         self._history.evaluations.append(row)
-        self._callbacks.call("on_validation_end", dict(found))
 
     def _stops(self) -> bool:
         return self._interruption.name is not None

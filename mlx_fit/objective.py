@@ -26,7 +26,13 @@ from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Compute, divide
 from mlx_fit.losses import Loss
 from mlx_fit.metrics import Metric
-from mlx_fit.sums import long_sum
+from mlx_fit.weighting import (
+    host_sum,
+    mean_loss,
+    metric_weights,
+    reciprocal,
+    sum_of_counted,
+)
 
 State = dict[str, mx.array]
 HALF = (mx.float16, mx.bfloat16)
@@ -142,7 +148,7 @@ class FunctionObjective(Objective):
 
     def _from_sums(self, sums: Sums) -> Terms:
         loss = _scalar("Sums.loss", sums.loss)
-        mean = loss.astype(mx.float32) * _reciprocal(sums.weight)
+        mean = loss.astype(mx.float32) * reciprocal(sums.weight)
         terms = Terms(mean, sums.weight)
         terms.states["loss"] = _pair(loss, sums.weight)
         terms.computes["loss"] = divide
@@ -226,9 +232,13 @@ class Supervised(Objective):
                     f"The loss {loss.name!r} returned {values!r}; expected an mx.array: losses of "
                     "shape (batch, ...), or a scalar mean. Is its return statement missing?"
                 )
-            parts[name] = mean_loss(values, weight, mask, rows)
+            # Where targets can be ignored, a batch weighs those that count, and so it must in
+            # batches where all of them do.
+            per_target = loss.ignore_index is not None and loss.is_labels(target, output)
+            shape = values.shape if per_target else (rows,)
+            parts[name] = mean_loss(values, weight, mask, shape)
             clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
-            counted.append((name, output, clean, metric_weights(weight, mask, rows)))
+            counted.append((name, output, clean, metric_weights(weight, mask, shape)))
         self._add_losses(terms, parts, weights, rows)
         for name, output, target, weight in counted:
             for metric in self._metrics[name]:
@@ -283,21 +293,21 @@ class Supervised(Objective):
         loss, num_classes = self._losses[""], self._num_classes.get("")
         if not loss.class_indices or num_classes == NOT_LABELS:
             self.variant = loss.ignore_index is not None and num_classes != NOT_LABELS
-            return _host_sum(weights)
+            return host_sum(weights)
         if isinstance(y, mx.array):
             self.variant = loss.ignore_index is not None
-            return None if self.variant else _host_sum(weights)
+            return None if self.variant else host_sum(weights)
         y = y if type(y) is np.ndarray else np.asarray(y)
         if y.dtype.kind not in "iu":
             self.variant = False
-            return _host_sum(weights)
+            return host_sum(weights)
         num_counted = loss.check(y, num_classes)
         self.variant = num_counted < y.size
         if weights is None or num_counted == 0:
             return num_counted
         if self.variant and not isinstance(weights, mx.array):
-            return _sum_of_counted(np.asarray(weights), y != loss.ignore_index)
-        return _host_sum(weights)
+            return sum_of_counted(np.asarray(weights), y != loss.ignore_index)
+        return host_sum(weights)
 
     def _named_weight(self, y: Any, weights: Any) -> float | None:
         self.variant = any(loss.ignore_index is not None for loss in self._losses.values())
@@ -308,8 +318,8 @@ class Supervised(Objective):
             if is_checked and type(target) is np.ndarray and target.dtype.kind in "iu":
                 loss.check(target, num_classes)
         if not isinstance(weights, dict):
-            return _host_sum(weights)
-        sums = [_host_sum(part) for part in weights.values()]
+            return host_sum(weights)
+        sums = [host_sum(part) for part in weights.values()]
         return None if None in sums else sum(part for part in sums if part is not None)
 
     @property
@@ -388,79 +398,6 @@ def float32(outputs: Any) -> Any:
     return outputs
 
 
-def mean_loss(
-    loss: mx.array, weights: mx.array | None, mask: mx.array | None, rows: int
-) -> tuple[mx.array, mx.array | float]:
-    """The mean of per-example losses, and what it weighs.
-
-    Args:
-        loss: shape ``(batch, ...)``, or a scalar mean.
-        weights: shape ``(batch,)`` or with more of the loss's axes; None: all weigh 1.
-        mask: 0 where a target is ignored, the shape of ``loss``; None: all count.
-        rows: rows of the batch.
-
-    Without weights the mean is that of ``mx.mean``, to the bit: ``mx.mean`` multiplies the sum by
-    the float32 reciprocal of the count, and so does the masked form here.
-    """
-    if loss.ndim == 0:
-        if weights is not None:
-            raise ConfigurationError(
-                "The loss returned one scalar for the whole batch, so sample weights or "
-                "class_weight cannot act on its rows. Return per-example losses of shape (batch,)."
-            )
-        return loss, rows
-    if loss.shape[0] != rows:
-        raise DataError(
-            f"The loss has shape {tuple(loss.shape)} for a batch of {rows} rows; expected "
-            f"({rows}, ...), or a scalar mean."
-        )
-    if weights is None and mask is None:
-        return _mean_beyond(loss, 1).mean(), rows
-    weights = _element_weights(loss, weights, mask)
-    weighted = _mean_beyond(loss, weights.ndim) * weights
-    total = long_sum(weights)
-    return long_sum(weighted) * _reciprocal(total), total
-
-
-def metric_weights(weights: mx.array | None, mask: mx.array | None, rows: int) -> mx.array:
-    """The weights that metrics see: ones where the user gave none, 0 where a target is ignored."""
-    if mask is None:
-        return mx.ones((rows,)) if weights is None else _drop_unit_axes(weights, rows)
-    return _element_weights(mask, weights, mask)
-
-
-def _element_weights(values: mx.array, weights: mx.array | None, mask: mx.array | None) -> mx.array:
-    if weights is None:
-        assert mask is not None
-        return mask
-    weights = _drop_unit_axes(weights, values.shape[0])
-    if tuple(weights.shape) != tuple(values.shape[: weights.ndim]):
-        raise DataError(
-            f"weights have shape {tuple(weights.shape)}, losses {tuple(values.shape)}; expected "
-            f"one weight a row, shape ({values.shape[0]},), or the leading axes of the losses.",
-            field="weights",
-        )
-    if mask is None:
-        return weights
-    return weights.reshape(*weights.shape, *(1,) * (mask.ndim - weights.ndim)) * mask
-
-
-def _drop_unit_axes(weights: mx.array, rows: int) -> mx.array:
-    weights = weights.astype(mx.float32)
-    return weights.reshape(rows) if weights.size == rows and weights.ndim > 1 else weights
-
-
-def _mean_beyond(values: mx.array, num_axes: int) -> mx.array:
-    return values.mean(tuple(range(num_axes, values.ndim))) if values.ndim > num_axes else values
-
-
-def _reciprocal(weight: mx.array | float) -> mx.array | float:
-    if isinstance(weight, mx.array):
-        weight = weight.astype(mx.float32)
-        return 1.0 / mx.where(weight > 0, weight, 1.0)
-    return 1.0 / weight if weight > 0 else 0.0
-
-
 def _no_targets(batch: Any) -> str:
     """Why a batch has no targets, and what to change."""
     expected = "the loss needs targets; expected a tuple (x, y) or (x, y, weights)"
@@ -476,31 +413,6 @@ def _no_targets(batch: Any) -> str:
             f"{expected}. Make it a plain tuple, or pass objective=f(model, batch), which gets it."
         )
     return f"The batch has no targets, but {expected}. Or pass objective= instead of loss=."
-
-
-def _sum_of_counted(weights: np.ndarray, counts: np.ndarray) -> float:
-    """The weights of targets that are not ignored. A clash of shapes is left to the trace."""
-    if weights.shape != counts.shape[: weights.ndim]:
-        return float(weights.sum())
-    return float((weights * counts.reshape(*weights.shape, -1).any(-1)).sum())
-
-
-def _host_sum(weights: Any) -> float | None:
-    """The sum of a batch's weights; 1 where there are none, None where only the device knows it."""
-    if weights is None:
-        return 1.0
-    if isinstance(weights, mx.array):
-        return None
-    weights = np.asarray(weights)
-    if not (weights >= 0).all():
-        row = int(np.argwhere(~(weights >= 0))[0][0])
-        raise DataError(
-            f"The weights of row {row} of the batch are {weights[row]}; expected numbers of at "
-            "least 0.",
-            field="weights",
-            index=row,
-        )
-    return float(weights.sum())
 
 
 def _pair(total: mx.array, weight: mx.array | float) -> State:

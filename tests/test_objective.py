@@ -10,7 +10,8 @@ import pytest
 
 from mlx_fit import ConfigurationError, DataError, Sums, Supervised, Trainer
 from mlx_fit.losses import CrossEntropy
-from mlx_fit.objective import as_objective, mean_loss
+from mlx_fit.objective import as_objective
+from mlx_fit.weighting import mean_loss
 
 
 def linear(rng, num_outputs=1):
@@ -468,15 +469,58 @@ def test_directions_come_from_losses_and_metrics():
 def test_a_mask_of_ones_gives_the_bits_of_the_plain_mean(size, rng):
     losses = mx.array(rng.random((50, size)), mx.float32)
     for row in losses:
-        plain = mean_loss(row, None, None, size)[0]
-        assert mean_loss(row, None, mx.ones(size), size)[0].item() == plain.item()
-        assert mean_loss(row, mx.ones(size), None, size)[0].item() == plain.item()
+        plain = mean_loss(row, None, None, (size,))[0]
+        assert mean_loss(row, None, mx.ones(size), (size,))[0].item() == plain.item()
+        assert mean_loss(row, mx.ones(size), None, (size,))[0].item() == plain.item()
         assert plain.item() == row.mean().item()
 
 
 def test_the_weighted_mean_of_many_losses_is_right(rng):
     """A plain CPU sum of 4 million is off in the third digit."""
     losses = mx.full((4_000_000,), 0.1)
-    mean, weight = mean_loss(losses, mx.full((4_000_000,), 0.3), None, 4_000_000)
+    mean, weight = mean_loss(losses, mx.full((4_000_000,), 0.3), None, (4_000_000,))
     assert mean.item() == pytest.approx(0.1, rel=1e-5)
     assert weight.item() == pytest.approx(1.2e6, rel=1e-5)
+
+
+@pytest.mark.parametrize("row_weights", [False, True])
+@pytest.mark.parametrize("batch_size", [3, 4, 8])
+def test_tokens_weigh_the_same_whether_or_not_their_batch_ignores_some(batch_size, row_weights):
+    """Half of the rows ignore some tokens; cut anyhow, it is PyTorch's mean over tokens."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 7, 4)).astype(np.float32), rng.integers(0, 5, (8, 7))
+    y[:4, 5:] = -100
+    weights = rng.uniform(0.5, 2, 8).astype(np.float32) if row_weights else np.ones(8, np.float32)
+    data = (x, y, weights) if row_weights else (x, y)
+    model = nn.Linear(4, 5)
+    trainer = Trainer(model, optim.SGD(0.1), "cross_entropy", ["accuracy"], batch_size=batch_size)
+    logits = torch.tensor(np.array(model(mx.array(x))))
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(y).flatten(), reduction="none"
+    ).numpy()
+    tokens = np.repeat(weights, 7) * (y.reshape(-1) != -100)
+    found = trainer.evaluate(data, verbose=0)
+    assert found["loss"] == pytest.approx((each * tokens).sum() / tokens.sum(), rel=1e-5)
+    right = logits.numpy().argmax(-1).reshape(-1) == y.reshape(-1)
+    assert found["accuracy"] == pytest.approx((right * tokens).sum() / tokens.sum(), rel=1e-5)
+
+
+def test_accumulated_token_batches_equal_the_big_one_where_some_ignore_labels():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 7, 4)).astype(np.float32), rng.integers(0, 5, (8, 7))
+    y[:4, 5:] = -100
+    found = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (3, 3)):
+        mx.random.seed(0)
+        trainer = Trainer(
+            nn.Linear(4, 5),
+            optim.SGD(0.5),
+            "cross_entropy",
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+        )
+        trainer.fit((x, y), epochs=3, shuffle=False, verbose=0)
+        found.append(np.array(trainer.model.weight))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], atol=1e-6)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
-from mlx_fit._tree import named_arrays
+from mlx_fit._tree import assign, named_arrays
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor
 from mlx_fit.errors import ConfigurationError
@@ -83,7 +82,7 @@ class EarlyStopping(Callback):
     def on_train_end(self, logs: Any) -> None:
         """Put the best weights back."""
         if self._best_weights:
-            self.model.update(tree_unflatten(list(self._best_weights.items())))
+            assign(self.model, self._best_weights.items())
             if self._verbose:
                 print(
                     f"Restoring model weights from the best epoch: {self._number(self.best_epoch)}."
@@ -102,6 +101,7 @@ class EarlyStopping(Callback):
                 self._best_weights = {
                     k: mx.array(v) for k, v in named_arrays(self.model.parameters())
                 }
+                mx.eval(self._best_weights)  # lazy copies would belong to this thread
             if self.baseline is None or self._monitor.improves(run, value, self.baseline):
                 self.wait = 0
         elif self.wait >= self.patience and self._num_judged > 1:

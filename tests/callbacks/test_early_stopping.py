@@ -2,12 +2,13 @@
 
 import json
 import math
+import threading
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from toys import Do, ramp, scripted, stop, trainer_of, weight_of
+from toys import Do, ramp, rows_of_ones, scripted, stop, trainer_of, weight_of
 
 from mlx_fit import ConfigurationError, EarlyStopping, UnknownMonitorError
 
@@ -262,3 +263,29 @@ def test_its_state_goes_through_json_and_arrays_and_a_new_patience_wins():
 def test_a_wrong_argument_is_named(options, says):
     with pytest.raises(ConfigurationError, match=says):
         EarlyStopping(**options)
+
+
+def test_layers_in_a_dict_with_digits_for_keys_are_restored():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = {"0": nn.Linear(4, 3), "1": nn.Linear(3, 3)}
+
+        def __call__(self, x):
+            return self.heads["1"](self.heads["0"](x))
+
+    trainer = trainer_of(Heads())
+    callback = EarlyStopping("loss", restore_best_weights=True, patience=5)
+    trainer.fit(rows_of_ones(), epochs=3, callbacks=callback, verbose=0)
+    assert callback.best_epoch == 2
+
+
+def test_weights_restored_in_a_thread_serve_in_another():
+    trainer = trainer_of(nn.Linear(4, 3))
+    callback = EarlyStopping("loss", restore_best_weights=True, patience=5)
+    run = threading.Thread(
+        target=lambda: trainer.fit(rows_of_ones(), epochs=3, callbacks=callback, verbose=0)
+    )
+    run.start()
+    run.join()
+    assert trainer.predict(np.ones((2, 4), np.float32), verbose=0).shape == (2, 3)

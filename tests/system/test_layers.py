@@ -26,7 +26,7 @@ LAYERS = [
     {"errors", "batch", "logs", "protocols", "sums", "_tree", "_version"},
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
-        *("data.order", "gradients", "datasets", "rates", "modes"),
+        *("data.order", "gradients", "weighting", "datasets", "rates", "modes"),
     },
     {
         *("data", "text", "objective", "options", "compiled", "step", "evaluation", "summary"),
