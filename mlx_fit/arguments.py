@@ -12,9 +12,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from mlx_fit.checks import natural
 from mlx_fit.data.arrays import is_array
 from mlx_fit.data.feed import Replay
-from mlx_fit.data.options import natural
 from mlx_fit.data.sources import Source, as_source, split_rows
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.fit import Schedule

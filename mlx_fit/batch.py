@@ -109,7 +109,7 @@ def signature(batch: Any) -> Any:
 
 
 def num_rows(batch: Any) -> int:
-    """Rows of a batch: the length of its first array's leading axis ."""
+    """Rows of a batch: the length of its first array's leading axis."""
     for _, leaf in leaves(batch):
         shape = getattr(leaf, "shape", None)
         if shape:

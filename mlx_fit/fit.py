@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.checks import natural
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
-from mlx_fit.data.options import natural
 from mlx_fit.errors import ConfigurationError, NonFiniteLossError, Preempted
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.history import History

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -182,8 +183,10 @@ class Supervised(Objective):
         metrics: names, metrics or functions; for several outputs a list (computed for each) or a
             dict by output name. Keys are then ``<output>_<metric>``.
 
-    With several outputs each loss is averaged over its own targets, as PyTorch does, and the total
-    weighs the rows.
+    With several outputs each loss is averaged over its own targets, as PyTorch does, and a batch
+    weighs its rows. So gradient accumulation over several outputs is exact as long as their targets
+    count in the same proportion in every batch: with labels that are ignored, or weights by output,
+    each batch's own averages are combined.
     """
 
     def __init__(
@@ -253,17 +256,23 @@ class Supervised(Objective):
         weights: Any,
         rows: int,
     ) -> None:
-        if not self._named:
-            terms.mean, terms.weight = parts[""]
-        else:
-            means = [self._loss_weights.get(name, 1.0) * mean for name, (mean, _) in parts.items()]
-            terms.mean = sum(means[1:], means[0])
-            shared = None if isinstance(weights, dict) else weights
-            terms.weight = rows if shared is None else shared.astype(mx.float32).sum()
-        terms.count("loss", terms.mean, terms.weight)
-        if len(parts) > 1:
-            for name, (mean, weight) in parts.items():
-                terms.count(f"{name}_loss", mean, weight)
+        factors = [self._loss_weights.get(name, 1.0) for name in parts]
+        if len(parts) == 1:
+            [(mean, terms.weight)] = parts.values()
+            terms.mean = mean if factors == [1.0] else factors[0] * mean
+            terms.count("loss", terms.mean, terms.weight)
+            return
+        means = [factor * mean for factor, (mean, _) in zip(factors, parts.values(), strict=True)]
+        terms.mean = sum(means[1:], means[0])
+        shared = None if isinstance(weights, dict) else weights
+        terms.weight = rows if shared is None else shared.astype(mx.float32).sum()
+        terms.states["loss"] = {}
+        terms.computes["loss"] = partial(_total_loss, dict(zip(parts, factors, strict=True)))
+        for name, (mean, weight) in parts.items():
+            terms.count(f"{name}_loss", mean, weight)
+            # The total is put together from what each output has added up over the whole pass.
+            pair = terms.states[f"{name}_loss"].items()
+            terms.states["loss"] |= {f"{name}.{part}": value for part, value in pair}
 
     @staticmethod
     def _add_metric(
@@ -396,6 +405,16 @@ def float32(outputs: Any) -> Any:
             return values
         return type(outputs)(*values) if hasattr(outputs, "_fields") else tuple(values)
     return outputs
+
+
+def _total_loss(factors: Mapping[str, float], state: Mapping[str, np.ndarray]) -> float | None:
+    """The weighted sum of the outputs' mean losses; None where nothing was counted."""
+    means = {
+        name: divide({part: state[f"{name}.{part}"] for part in ("sum", "weight")})
+        for name in factors
+    }
+    counted = [factors[name] * mean for name, mean in means.items() if mean is not None]
+    return sum(counted) if counted else None
 
 
 def _no_targets(batch: Any) -> str:

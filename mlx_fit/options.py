@@ -1,14 +1,11 @@
-"""How a batch becomes an update: the trainer's options, checked.
-
-May import: ``data.options``.
-"""
+"""How a batch becomes an update: the trainer's options, checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
 
-from mlx_fit.data.options import boolean, natural
+from mlx_fit.checks import boolean, natural
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.precision import POLICIES, Precision
 

@@ -13,15 +13,13 @@ import mlx.nn as nn
 from mlx_fit._tree import assign, named_arrays
 from mlx_fit.errors import CheckpointError, CheckpointMismatchError, CheckpointWriteError
 
-INEXACT = mx.inexact
-
 
 def non_finite_names(model: nn.Module, optimizer: Any) -> list[str]:
     """Names of trainable weights and optimizer arrays that hold NaN or infinity. Synchronises."""
     named = named_arrays(model.trainable_parameters())
     if optimizer is not None:
         named += [(f"optimizer.{name}", value) for name, value in named_arrays(optimizer.state)]
-    floats = [(name, value) for name, value in named if mx.issubdtype(value.dtype, INEXACT)]
+    floats = [(name, value) for name, value in named if mx.issubdtype(value.dtype, mx.inexact)]
     flags = [mx.isfinite(value).all() for _, value in floats]
     mx.eval(flags)
     return [name for (name, _), flag in zip(floats, flags, strict=True) if not flag.item()]

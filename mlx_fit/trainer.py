@@ -38,7 +38,7 @@ from mlx_fit.fit import Fit, Schedule
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
-from mlx_fit.objective import Objective, as_objective, direction_of
+from mlx_fit.objective import Objective, Supervised, as_objective, direction_of
 from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
 from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.protocols import RunInfo
@@ -73,7 +73,9 @@ class Trainer:
         gradient_accumulation: batches to an update. The update is that of one batch of them all.
         clip_norm: largest global norm of the averaged gradient.
         clip_value: largest size of any of its components.
-        precision: ``"float32"``, ``"mixed_bfloat16"``, ``"mixed_float16"`` or ``"bfloat16"``.
+        precision: ``"float32"``, ``"mixed_bfloat16"``, ``"mixed_float16"`` or ``"bfloat16"``. Half
+            precision casts weights and the inputs of ``model(...)``; an objective that calls parts
+            of the model by themselves casts their inputs.
         compile: False runs the same step eagerly, for debugging.
         device_config: device and memory limits while this trainer computes.
         nonfinite: what a loss of NaN or infinity does: ``"raise"``
@@ -225,7 +227,7 @@ class Trainer:
                     schedule,
                     self._new_train_step(),
                     feed,
-                    None if class_weight is None else ClassWeights(class_weight),
+                    self._class_weights(class_weight),
                     self._new_evaluation_step(),
                     validation,
                     callback_list,
@@ -489,6 +491,16 @@ class Trainer:
         )
         start = max(self._num_passes, schedule.initial_epoch)
         return Feed(source, schedule.steps_per_epoch, start)
+
+    def _class_weights(self, class_weight: Mapping[Any, float] | None) -> ClassWeights | None:
+        if class_weight is None:
+            return None
+        if not isinstance(self._objective, Supervised):
+            raise ConfigurationError(
+                "class_weight needs a loss=: what an objective does with weights is its own "
+                "matter. Weigh the classes in the objective."
+            )
+        return ClassWeights(class_weight)
 
     def _seed_once(self) -> None:
         if self._seed is not None and not self._is_seeded:

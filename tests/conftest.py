@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,3 +14,14 @@ def rng():
     """A NumPy generator of fixed seed; MLX's key is fixed with it."""
     mx.random.seed(0)
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Python's own handlers during a test; a job in the background starts without."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

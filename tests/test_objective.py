@@ -524,3 +524,48 @@ def test_accumulated_token_batches_equal_the_big_one_where_some_ignore_labels():
         found.append(np.array(trainer.model.weight))
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
     np.testing.assert_allclose(found[2], found[0], atol=1e-6)
+
+
+def test_the_total_of_several_outputs_is_the_sum_of_its_parts_however_batches_are_cut():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 7, 4)).astype(np.float32), rng.integers(0, 5, (8, 7))
+    y[:4, 5:] = -100
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(4, 1)
+
+        def __call__(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    objective = Supervised({"a": "cross_entropy", "b": "mse"}, loss_weights={"b": 0.5})
+    model, data = Both(), (x, {"a": y, "b": x.sum(-1)})
+    found = [
+        Trainer(model, None, objective=objective, batch_size=size).evaluate(data, verbose=0)
+        for size in (8, 4, 3)
+    ]
+    for values in found:
+        assert values["loss"] == pytest.approx(values["a_loss"] + 0.5 * values["b_loss"])
+        assert values == pytest.approx(found[0], rel=1e-5)
+
+
+def test_one_named_output_weighs_like_an_unnamed_one():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 7, 4)).astype(np.float32), rng.integers(0, 5, (8, 7))
+    y[:4, 5:] = -100
+    model = nn.Linear(4, 5)
+    plain = Trainer(model, None, "cross_entropy", batch_size=3).evaluate((x, y), verbose=0)
+
+    class Named(nn.Module):
+        def __call__(self, x):
+            return {"a": model(x)}
+
+    named = Trainer(Named(), None, {"a": "cross_entropy"}, batch_size=3)
+    assert named.evaluate((x, {"a": y}), verbose=0) == pytest.approx(plain)
+
+
+def test_class_weights_are_refused_where_an_objective_would_not_see_them():
+    trainer = Trainer(nn.Linear(4, 3), optim.SGD(0.1), objective=lambda m, b: m(b[0]).mean())
+    with pytest.raises(ConfigurationError, match="class_weight needs a loss"):
+        trainer.fit((np.ones((4, 4)), np.zeros(4, int)), class_weight={0: 2.0}, verbose=0)

@@ -14,17 +14,6 @@ from mlx_fit import EarlyStopping, LambdaCallback, Preempted
 from mlx_fit.signals import Interruption, watched
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Python's own handlers during a test; a job in the background starts without."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def send(number):
     return lambda *_: os.kill(os.getpid(), number)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_fit.checks import boolean, natural
 from mlx_fit.data.batching import from_batch_sampler, from_order, from_sampler, from_stream
 from mlx_fit.data.dataset import is_dataset, rows_of, seeded
 from mlx_fit.data.fetch import fetcher, stream_fetcher
-from mlx_fit.data.options import boolean, check_exclusions, check_stream, natural
+from mlx_fit.data.options import check_exclusions, check_stream
 from mlx_fit.data.order import ORDER_VERSION, order
 from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 

@@ -133,7 +133,7 @@ def as_source(
     - A tuple is ``(x,)``, ``(x, y)`` or ``(x, y, weights)``, each an array (NumPy, MLX, anything
       with ``__array__``) or a dict, list or tuple of arrays; an array or a dict of arrays alone
       is ``x``. These are batched here.
-    - A list is a list of batches.
+    - A list is a list of batches. A Keras ``PyDataset`` gives batches, too.
     - Anything else with ``__len__`` and ``__getitem__`` is a dataset of rows, batched here.
     - A :class:`DataLoader`, PyTorch's, or any other iterable gives batches, each pass anew; an
       iterator gives them once.
@@ -153,6 +153,10 @@ def as_source(
         DataError: there is no data, or it is none of the above.
     """
     source: Source
+    while type(data) is tuple and len(data) > 1 and data[-1] is None:
+        data = data[:-1]
+    if _is_keras_dataset(data):
+        return FunctionSource(lambda: (data[i] for i in range(len(data))), name=name)
     rows = _rows(data, name)
     if rows is not None:
         source = RowSource(rows, batch_size=batch_size, shuffle=shuffle, seed=seed, name=name)
@@ -167,6 +171,14 @@ def as_source(
     if source.num_batches == 0:
         raise DataError(f"{name} is empty: {_describe(data)} without a single row or batch.")
     return source
+
+
+def _is_keras_dataset(data: Any) -> bool:
+    """Whether ``data[i]`` is a batch, as Keras's ``PyDataset`` has it, and not a row."""
+    return any(
+        kind.__name__ in ("PyDataset", "Sequence") and kind.__module__.startswith(("keras", "tf"))
+        for kind in type(data).__mro__
+    )
 
 
 def split_rows(

@@ -165,7 +165,6 @@ def test_what_is_no_data_is_refused_with_what_is_accepted(data):
     [
         ((X, Y[:9]), "val: x has 10 rows, but y has 9"),
         ((Rows(), Y), "val: x is a Rows"),
-        ((X, None), "val: y is None"),
         ((X, Y, Y, Y), "val is a tuple of 4"),
     ],
 )
@@ -220,3 +219,24 @@ def test_a_split_is_a_fraction(fraction):
 def test_a_split_leaves_rows_on_both_sides():
     with pytest.raises(DataError, match="of 1 rows leaves 0 for training"):
         split_rows(X[:1], 0.5)
+
+
+def test_a_keras_dataset_gives_batches():
+    class PyDataset:
+        __module__ = "keras.src.trainers"
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return np.full((4, 3), index), np.zeros(4)
+
+    source = as_source(PyDataset(), batch_size=2, shuffle=True, seed=0)
+    PyDataset.__module__ = "keras.src.trainers"
+    assert [x[0, 0] for x, _ in source.batches(0)] == [0, 1]
+
+
+def test_parts_that_are_none_at_the_end_are_left_out():
+    x = np.ones((4, 2))
+    [batch] = as_source((x, x, None), batch_size=4, shuffle=False, seed=0).batches(0)
+    assert len(batch) == 2

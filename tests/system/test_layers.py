@@ -23,7 +23,7 @@ RUN = [
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
 LAYERS = [
-    {"errors", "batch", "logs", "protocols", "sums", "_tree", "_version"},
+    {"errors", "batch", "logs", "protocols", "sums", "checks", "_tree", "_version"},
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
         *("data.order", "gradients", "weighting", "datasets", "rates", "modes"),
