@@ -76,18 +76,15 @@ def names(tree: Any) -> Iterator[str]:
     return (name for name, leaf in leaves(tree) if isinstance(leaf, mx.array))
 
 
-def evaluate(*live: Any) -> None:
-    """``mx.eval``, once more if a signal killed the compiler that MLX runs on the CPU.
+def evaluate_again(error: RuntimeError, *live: Any) -> None:
+    """``mx.eval`` once more if a signal killed the compiler that MLX runs on the CPU.
 
     A terminal sends Ctrl-C to the whole foreground group, and MLX's ``g++`` dies of it, while our
-    handler only takes a note.
+    handler only takes a note. Any other error is raised as it is.
     """
-    try:
-        mx.eval(*live)
-    except RuntimeError as error:
-        if not str(error).startswith(("Could not load C++ shared library", "[Compile::eval_cpu]")):
-            raise
-        mx.eval(*live)
+    if not str(error).startswith(("Could not load C++ shared library", "[Compile::eval_cpu]")):
+        raise error
+    mx.eval(*live)
 
 
 def warn_of_many_shapes(shapes: dict[Any, str], key: Any, batch: Any) -> None:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_fit._tree import RandomState
 from mlx_fit.batch import describe, signature, to_mlx, unpack
-from mlx_fit.compiled import Traced, evaluate, warn_of_many_shapes
+from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.logs import Sums, add
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, float32, forward
@@ -66,7 +66,10 @@ class EvaluationStep:
         """Evaluate the batch: waited for on the CPU, started elsewhere."""
         sums = self.sums
         if mx.default_device().type == mx.DeviceType.cpu:
-            evaluate(sums.running, sums.batch, sums.rows.newest)  # host synchronisation
+            try:
+                mx.eval(sums.running, sums.batch, sums.rows.newest)  # host synchronisation
+            except RuntimeError as error:
+                evaluate_again(error, sums.running, sums.batch, sums.rows.newest)
         else:
             mx.async_eval(sums.running, sums.batch, sums.rows.newest)
 
@@ -112,7 +115,10 @@ class PredictionStep:
         random_state = RandomState()
         try:
             outputs = self._batch(signature(x), x)
-            evaluate(outputs)  # host synchronisation
+            try:
+                mx.eval(outputs)  # host synchronisation
+            except RuntimeError as error:
+                evaluate_again(error, outputs)
         except Exception as error:
             error.add_note(f"In the prediction step, for the batch {describe((x,))}.")
             raise

@@ -144,12 +144,14 @@ class Fit:
         step.start_epoch(run.info.steps_per_epoch)
         self._recorder.start_epoch()
         batches = self._feed.epoch()
+        always, displays = callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
             step,
             callbacks.bound("on_train_batch_begin"),
-            callbacks.bound("on_train_batch_end"),
+            always,
             self._is_over,
+            displays,
         )
         if step.window_open:
             step.close_window()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any, Protocol
 
 from mlx_fit.logs import Logs, Sums
@@ -20,6 +21,12 @@ class Step(Protocol):
         """Have the device compute what the batch changed."""
 
 
+class Display(Protocol):
+    """Wants to be told of a batch from time to time only."""
+
+    due_at: Any
+
+
 Hook = Callable[[int, Any], None]
 
 
@@ -29,25 +36,31 @@ def run_batches(
     begin_hooks: list[Hook],
     end_hooks: list[Hook],
     is_over: Callable[[], bool],
-) -> int:
+    displays: Sequence[tuple[Display, Hook]] = (),
+) -> None:
     """Take batches until they end or ``is_over()`` says so, and tell the hooks of each.
 
     Nothing here reads the device: logs stay there until a hook looks at them.
 
-    Returns:
-        How many batches were taken.
+    Args:
+        batches: what to take.
+        step: what takes them.
+        begin_hooks, end_hooks: called before and after each batch.
+        is_over: asked after each batch.
+        displays: called after the batches for which they are due.
     """
-    count = 0
     for index, batch in enumerate(batches):
         for hook in begin_hooks:
             hook(index, {})
         step(batch)
         step.settle()
-        count += 1
+        logs: Logs | None = None
         if end_hooks:
             logs = Logs(step.sums)
             for hook in end_hooks:
                 hook(index, logs)
+        for display, hook in displays:
+            if perf_counter() >= display.due_at:
+                hook(index, Logs(step.sums) if logs is None else logs)
         if is_over():
             break
-    return count

@@ -60,6 +60,10 @@ class Run(Protocol):
         """Windows of batches taken so far, over all fits."""
 
     @property
+    def num_batches(self) -> int:
+        """Batches taken so far in this epoch."""
+
+    @property
     def history(self) -> Any:
         """The history of the run so far."""
 

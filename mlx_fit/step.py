@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 from mlx_fit import gradients as grad
 from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
-from mlx_fit.compiled import Traced, evaluate, warn_of_many_shapes
+from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Sums, add, divide, nonzero_total, sum_in_float64, total, watch_loss
 from mlx_fit.modes import fingerprint
@@ -60,6 +60,7 @@ class TrainStep:
         sums: what the epoch has added up so far.
         window_open: whether batches wait for their update.
         num_windows: windows closed so far.
+        num_batches: batches taken in this epoch.
         num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
         learning_rate: the rate of the newest update, before anybody changes it; on the device.
     """
@@ -82,7 +83,8 @@ class TrainStep:
         self.num_windows = 0
         self.num_skipped = 0
         self.learning_rate: mx.array | None = None
-        self._num_batches_left = -1
+        self.num_batches = 0
+        self._last_batch: int | None = None
         self._scaling = scaling
         self._is_fused = options.gradient_accumulation == 1
         self._checks_promotion = checks_promotion
@@ -137,7 +139,8 @@ class TrainStep:
         """
         self.sums.restart()
         self._batch.seen.clear()  # callbacks may have changed arrays: guard the first calls
-        self._num_batches_left = -1 if num_batches is None else num_batches
+        self.num_batches = 0
+        self._last_batch = num_batches
         self._first_window = self.num_windows
         self._settled = None
         self.num_skipped = 0
@@ -166,7 +169,7 @@ class TrainStep:
                 sums.rows.append(rows)
         else:
             self.sums.batch = None
-        self._num_batches_left -= 1
+        self.num_batches += 1
         if self._is_fused and weight != 0.0:
             self.num_windows += 1  # in line: the usual case, and calls are counted
         else:
@@ -180,7 +183,7 @@ class TrainStep:
             return
         self._num_in_window += 1
         self.window_open = self._num_in_window < self.options.gradient_accumulation
-        if not self.window_open or self._num_batches_left == 0:
+        if not self.window_open or self.num_batches == self._last_batch:
             self.close_window()
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
@@ -228,7 +231,10 @@ class TrainStep:
         self.learning_rate = self._rate_state.get("learning_rate")
         live = self._state, self._window, sums.running, sums.batch, sums.rows.newest
         if not self._is_async:
-            evaluate(*live)  # host synchronisation, the one of a step
+            try:
+                mx.eval(*live)  # host synchronisation, the one of a step
+            except RuntimeError as error:
+                evaluate_again(error, *live)
             self._settled = sums.running, self.num_windows
             return
         mx.async_eval(*live)

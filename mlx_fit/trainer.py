@@ -451,6 +451,11 @@ class Trainer:
         return self._steps_before + active
 
     @property
+    def num_batches(self) -> int:
+        """Batches taken so far in this epoch."""
+        return self._train_step.num_batches if self._train_step else 0
+
+    @property
     def learning_rate(self) -> float | None:
         """The rate of the newest update. Reads the device."""
         rate = optimizers_of(self.optimizer)[0].state.get("learning_rate")

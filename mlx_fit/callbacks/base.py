@@ -25,6 +25,8 @@ class Callback:
     Attributes:
         trainer: the run, once it has started.
         params: ``{"verbose", "epochs", "steps"}``.
+        due_at: None: told of the end of every training batch. A callback that only displays sets
+            it to the ``time.perf_counter()`` from which on it wants to be told of the next.
 
     Example:
         >>> class Announce(Callback):
@@ -34,6 +36,7 @@ class Callback:
 
     trainer: Run
     params: dict[str, Any]
+    due_at: float | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -127,6 +130,14 @@ class CallbackList:
     def bound(self, hook: str) -> list[Callable[..., None]]:
         """The methods to call for a hook: only those that somebody wrote."""
         return self._bound[hook]
+
+    def train_batch_end(
+        self,
+    ) -> tuple[list[Callable[..., None]], list[tuple[Callback, Callable[..., None]]]]:
+        """Who is told of the end of every training batch, and who only when it is due."""
+        hooks = [c for c in self.callbacks if _overrides(c, "on_train_batch_end")]
+        always = [c.on_train_batch_end for c in hooks if c.due_at is None]
+        return always, [(c, c.on_train_batch_end) for c in hooks if c.due_at is not None]
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback that has it."""

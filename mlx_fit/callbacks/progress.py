@@ -1,7 +1,7 @@
 """What a run prints: a live bar, or a line per epoch.
 
-A bar redraws at most ten times a second, and only then are values read from the device; between
-redraws a batch costs one look at the clock.
+A bar redraws at most ten times a second, and only then is it called and are values read from the
+device; between redraws a batch costs one look at the clock.
 """
 
 from __future__ import annotations
@@ -40,23 +40,18 @@ class Lines(Callback):
 
     def __init__(self) -> None:
         self._start = 0.0
-        self._num_batches = 0
         self._num_tested = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
-        self._num_batches = 0
         if self.trainer.info.epochs > 1:
             print(f"Epoch {epoch + 1}/{self.trainer.info.epochs}", flush=True)
 
-    def on_train_batch_end(self, batch: int, logs: Any) -> None:
-        """Count."""
-        self._num_batches = batch + 1
-
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Print the epoch."""
-        self._print(self._num_batches, self.trainer.info.steps_per_epoch, logs)
+        run = self.trainer
+        self._print(run.num_batches, run.info.steps_per_epoch, logs)
 
     def on_test_begin(self, logs: Any) -> None:
         """Start the clock of a lone evaluation."""
@@ -119,7 +114,7 @@ class Bars(Callback):
         self._training = self._current = Bar()
         self._lengths: dict[str, int] = {}  # kind of pass -> batches it had the last time
         self._num_validated = 0
-        self._next_redraw = 0.0
+        self.due_at: float = 0.0
 
     # --- fit --------------------------------------------------------------------------------------
 
@@ -131,16 +126,15 @@ class Bars(Callback):
         self._training = self._begin(title, info.steps_per_epoch or self._lengths.get("Training"))
 
     def on_train_batch_end(self, batch: int, logs: Any) -> None:
-        """Redraw, if the last time is long enough ago."""
+        """Redraw: called only when the last time is long enough ago."""
         self._training.count = batch + 1
-        if time.perf_counter() >= self._next_redraw:
-            self._draw(logs, self._facts)
+        self._draw(logs, self._facts)
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Take the bar away, leave the line."""
         info, bar = self.trainer.info, self._training
         seconds = time.perf_counter() - bar.start
-        self._lengths["Training"] = bar.count
+        self._lengths["Training"] = bar.count = self.trainer.num_batches
         self._screen.clear()
         head = f"{bar.title} - " if info.epochs > 1 else ""
         print(head + summary_line(bar.count, info.steps_per_epoch, seconds, logs), flush=True)
@@ -161,6 +155,7 @@ class Bars(Callback):
         if info.kind == "evaluate":
             self._begin("Evaluating", info.steps_per_epoch)
             return
+        self._training.count = self.trainer.num_batches
         name = info.validation_sets[self._num_validated % len(info.validation_sets)]
         self._num_validated += 1
         title = f"Validating {name}".rstrip()
@@ -169,7 +164,7 @@ class Bars(Callback):
     def on_test_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw, if the last time is long enough ago."""
         self._current.count = batch + 1
-        if time.perf_counter() >= self._next_redraw:
+        if time.perf_counter() >= self.due_at:
             self._draw(logs)
 
     def on_test_end(self, logs: Any) -> None:
@@ -187,7 +182,7 @@ class Bars(Callback):
     def on_predict_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw, if the last time is long enough ago."""
         self._current.count = batch + 1
-        if time.perf_counter() >= self._next_redraw:
+        if time.perf_counter() >= self.due_at:
             self._draw({})
 
     def on_predict_end(self, logs: Any) -> None:
@@ -199,7 +194,7 @@ class Bars(Callback):
     def _begin(self, title: str, total: int | None) -> Bar:
         self._current = Bar(title, total)
         # Passes shorter than the time between redraws share them.
-        if time.perf_counter() >= self._next_redraw:
+        if time.perf_counter() >= self.due_at:
             self._draw({})
         return self._current
 
@@ -210,7 +205,7 @@ class Bars(Callback):
         above = [] if current is self._training else [self._training.line(width)]
         lines = [*(above if self._training.title else []), current.line(width, pieces)]
         self._screen.draw(lines)
-        self._next_redraw = time.perf_counter() + REDRAW_SECONDS
+        self.due_at = time.perf_counter() + REDRAW_SECONDS
 
     def _facts(self) -> list[str]:
         info, bar = self.trainer.info, self._training
