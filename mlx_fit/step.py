@@ -123,7 +123,10 @@ class TrainStep:
         self._build()
 
     def _fingerprint(self) -> list[Any]:
-        return [*fingerprint(self.model), settings(self.optimizer)]
+        # Shapes and dtypes too: a callback that changes them makes MLX trace again, unguarded.
+        arrays = named_arrays([self.model.state, self.optimizer.state])
+        shapes = [(n, a.shape, a.dtype) for n, a in arrays if isinstance(a, mx.array)]
+        return [*fingerprint(self.model), settings(self.optimizer), shapes]
 
     @property
     def num_traces(self) -> int:
@@ -138,7 +141,6 @@ class TrainStep:
                 window. Otherwise the caller calls :meth:`close_window` when they have ended.
         """
         self.sums.restart()
-        self._batch.seen.clear()  # callbacks may have changed arrays: guard the first calls
         self.num_batches = 0
         self._last_batch = num_batches
         self._first_window = self.num_windows
