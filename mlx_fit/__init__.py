@@ -6,6 +6,9 @@
 Every public name is listed in ``__all__``.
 """
 
+# NumPy comes before the BLAS, whose threads spin for a while and would make its import slower.
+import numpy as _numpy  # noqa: F401
+
 # On Linux a fast BLAS has to be loaded before mlx.core is; everything below imports mlx.core.
 from mlx_fit.runtime import blas as _blas
 
