@@ -426,3 +426,17 @@ def test_outside_a_virtual_environment_it_must_be_forced(monkeypatch, tmp_path):
         blas.install_pth()
     assert not list(tmp_path.iterdir())
     assert all(path.exists() for path in blas.install_pth(force=True))
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [(None, "20"), ("26", "26")])
+def test_idle_threads_sleep_early_unless_the_user_chose_a_time(monkeypatch, chosen, seen):
+    found = []
+    monkeypatch.setattr(
+        blas.ctypes, "CDLL", lambda path: found.append(os.environ[blas.SPIN_VARIABLE])
+    )
+    monkeypatch.delenv(blas.SPIN_VARIABLE, raising=False)
+    if chosen:
+        monkeypatch.setenv(blas.SPIN_VARIABLE, chosen)
+    blas._open_calmly("libopenblas.so")
+    assert found == [seen]
+    assert os.environ.get(blas.SPIN_VARIABLE) == chosen  # nothing is left for child processes
