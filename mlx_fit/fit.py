@@ -174,13 +174,11 @@ class Fit:
         return logs
 
     def _training_logs(self) -> dict[str, Any]:
-        sums = self._step.sums
-        values = dict(sums.values())
+        values = self._step.sums.values()
         return {key: plain(value) for key, value in values.items() if key not in UPDATE_KEYS}
 
     def _update_logs(self) -> dict[str, Any]:
-        sums = self._step.sums
-        values = dict(sums.values())
+        values = dict(self._step.sums.values())
         logs = {key: values[key] for key in UPDATE_KEYS if key in values}
         if self._step.num_skipped:
             logs["skipped_updates"] = logs.get("skipped_updates", 0.0) + self._step.num_skipped

@@ -225,7 +225,8 @@ def test_a_layer_that_promotes_is_named_once(rng):
 def test_layers_that_do_not_promote_are_not_named(name, rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(name=name).fit(list(batches(1, rng)), verbose=0)
+        history = make(name=name).fit(list(batches(1, rng)), verbose=0)
+    assert history.epoch == [0]
 
 
 def test_looking_for_promotion_changes_no_bit(rng):
