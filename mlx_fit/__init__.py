@@ -25,6 +25,7 @@ from mlx_fit.callbacks import (
     TensorBoard,
     TerminateOnNaN,
 )
+from mlx_fit.checkpoint import CheckpointPolicy
 from mlx_fit.data import DataLoader
 from mlx_fit.errors import (
     CheckpointCorruptError,
@@ -60,6 +61,7 @@ __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointMismatchError",
+    "CheckpointPolicy",
     "CheckpointWriteError",
     "CollectiveTimeoutError",
     "ConfigurationError",

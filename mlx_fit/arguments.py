@@ -17,8 +17,8 @@ from mlx_fit.data.arrays import is_array
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
 from mlx_fit.errors import ConfigurationError
-from mlx_fit.fit import Schedule
 from mlx_fit.runtime.device import DeviceConfig
+from mlx_fit.timing import Schedule
 
 STATE_KEYS = (
     "model",
@@ -111,7 +111,7 @@ def checked_steps(steps: Any) -> int | None:
     return None if steps is None else natural("steps", steps, 1)
 
 
-def check_state(state: Any) -> None:
+def check_state_dict(state: Any) -> None:
     """Raise unless ``state`` has what ``Trainer.state_dict`` gives."""
     missing = [key for key in STATE_KEYS if not isinstance(state, Mapping) or key not in state]
     if missing:
@@ -152,5 +152,22 @@ def weights_path(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise ConfigurationError(
             f"{path} has the suffix {path.suffix!r}; weights are written as .safetensors."
+        )
+    return path
+
+
+def folder_path(path: str | Path) -> Path:
+    """The path of a checkpoint folder.
+
+    Raises:
+        ConfigurationError: it is no path, or that of a weights file.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigurationError(f"path={path!r}; expected the name of a folder.")
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise ConfigurationError(
+            f"{path} is the name of a weights file, and everything goes into a folder. For weights "
+            "alone use save_weights and load_weights."
         )
     return path

@@ -145,6 +145,25 @@ class NonFiniteLossError(MlxFitError, ArithmeticError):
         super().__init__(message)
 
 
+def non_finite_loss(
+    step: int, epoch: int, loss: float, scales_loss: bool = False
+) -> NonFiniteLossError:
+    """The error for a step (1-based) with a non-finite loss, or a loss scale that ran out."""
+    where = f"at step {step} (epoch {epoch + 1})"
+    if scales_loss:
+        text = (
+            f"The loss scale fell below 1 {where}: gradients overflow float16 at any scale. The "
+            "weights are as before. Use precision='mixed_bfloat16', or smaller inputs."
+        )
+    else:
+        text = (
+            f"The loss was {loss} {where}. The weights have taken that update: go on from a "
+            "checkpoint saved before it. A lower learning rate, clip_norm=1.0 or a check of the "
+            "data usually helps; nonfinite='skip' leaves such batches out."
+        )
+    return NonFiniteLossError(text, step=step, epoch=epoch, value=loss)
+
+
 class CheckpointError(MlxFitError, OSError):
     """A weights file or checkpoint could not be written or read. ``path`` names it."""
 

@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from mlx_fit.callbacks.base import CallbackList
-from mlx_fit.checks import natural
-from mlx_fit.data.class_weights import ClassWeights
-from mlx_fit.data.feed import Feed, Replay
-from mlx_fit.errors import ConfigurationError, NonFiniteLossError, Preempted
+from mlx_fit.callbacks.base import CallbackList, numbers
+from mlx_fit.errors import (
+    CheckpointError,
+    DeviceError,
+    Preempted,
+)
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.history import History
-from mlx_fit.logs import Values
 from mlx_fit.loop import run_batches
 from mlx_fit.passes import evaluate_pass, plain
+from mlx_fit.preparing import Prepared
 from mlx_fit.protocols import Run
+from mlx_fit.recorder import StepRecorder
+from mlx_fit.resuming import Resumption
+from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
+from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a fit starts, ends, validates and records; the arguments of ``fit`` that are numbers."""
-
-    epochs: int = 1
-    initial_epoch: int = 0
-    max_steps: int | None = None
-    steps_per_epoch: int | None = None
-    validation_freq: int | list[int] | str = 1
-    validation_steps: int | None = None
-    log_every: int = 10
-    validates_every: int | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        natural("epochs", self.epochs)
-        natural("initial_epoch", self.initial_epoch)
-        natural("log_every", self.log_every, 1)
-        for name in ("max_steps", "steps_per_epoch", "validation_steps"):
-            if getattr(self, name) is not None:
-                natural(name, getattr(self, name), 1)
-        object.__setattr__(self, "validates_every", _steps_of(self.validation_freq))
-
-    def validates_after(self, epoch: int) -> bool:
-        """Whether validation runs at the end of an epoch (0-based)."""
-        if self.validates_every is not None:
-            return False
-        if isinstance(self.validation_freq, list):
-            return epoch + 1 in self.validation_freq
-        assert isinstance(self.validation_freq, int)
-        return (epoch + 1) % self.validation_freq == 0
-
-
-def _steps_of(validation_freq: Any) -> int | None:
-    """The N of "N steps"; None for a frequency in epochs."""
-    match = re.fullmatch(r"\s*(\d+)\s+steps?\s*", str(validation_freq))
-    if isinstance(validation_freq, str) and match and int(match[1]) > 0:
-        return int(match[1])
-    whole = validation_freq if isinstance(validation_freq, list) else [validation_freq]
-    if whole and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in whole):
-        return None
-    raise ConfigurationError(
-        f"validation_freq={validation_freq!r}; expected a positive int (every so many epochs), a "
-        'list of epochs counted from 1, or "500 steps".'
-    )
+from mlx_fit.trainable import trainable_names
 
 
 class Fit:
@@ -75,57 +35,73 @@ class Fit:
 
     Args:
         run: the trainer, as callbacks see it.
-        schedule: when to do what.
+        given: when to do what, and the data.
         step: the training step.
-        feed: training batches, epoch by epoch.
-        weigh: adds class weights to a batch, or None.
         evaluation_step: the step for validation.
-        validation: name -> batches; the name is ``""`` for a single set.
         callbacks: who is told.
         history: where rows go.
         interruption: tells whether a signal asked for the end.
+        saver: writes checkpoints, or None.
+        resumption: where to go on from, or None.
     """
 
     def __init__(
         self,
         run: Run,
-        schedule: Schedule,
+        given: Prepared,
         step: TrainStep,
-        feed: Feed,
-        weigh: ClassWeights | None,
         evaluation_step: EvaluationStep,
-        validation: Mapping[str, Replay],
         callbacks: CallbackList,
         history: History,
         interruption: Interruption,
+        saver: Saver | None,
+        resumption: Resumption | None,
     ) -> None:
         self._run = run
-        self._schedule = schedule
+        self._schedule = given.schedule
         self._step = step
-        self._feed = feed
-        self._weigh = weigh
+        self._feed = given.feed
+        self._weigh = given.weigh
         self._evaluation_step = evaluation_step
-        self._validation = validation
+        self._validation = given.validation
         self._callbacks = callbacks
         self._history = history
         self._interruption = interruption
-        self._first_step = run.step
+        self._saver = saver
+        self._resumption = resumption
+        self._first_step = run.step - step.num_windows
         self._next_event = 0
-        self._validated: dict[str, float] = {}
-        self._recorder = StepRecorder(history, step, run.step)
+        self._save_at = math.inf if saver is None else saver.due_at
+        self._validated: dict[str, Any] = {}
+        self._validated_at = -1  # the window after which that was
+        self._logs: dict[str, Any] = {}  # of the epoch's training, once it is complete
+        self._phase = BEGIN
+        self._is_cut = False  # a stop ended the epoch before its data did
+        self._whole_state: TrainState | None = None  # between batches: the last safe place
+        self._recorder = StepRecorder(history, step, self._first_step)
 
     def __call__(self) -> History:
         """Run to the end."""
-        schedule, run, callbacks = self._schedule, self._run, self._callbacks
+        try:
+            return self._run_epochs()
+        except Exception as error:
+            self._save_after(error)
+            raise
+
+    def _run_epochs(self) -> History:
+        run, callbacks = self._run, self._callbacks
         callbacks.call("on_train_begin", {})
         self._plan_next_event()
-        logs: dict[str, Any] = {}
-        for epoch in range(schedule.initial_epoch, schedule.epochs):
+        epochs, logs = self._epochs_to_run(), self._history.last
+        for epoch in epochs:
             run.epoch = epoch
             logs = self._epoch(epoch)
-            self._raise_if_terminated()
             if run.stop_training or self._interruption.name:
                 break
+        self._save_end()
+        if self._phase == BATCHES:
+            self._recorder.record(run.epoch)  # what a signal has cut off
+        self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
         if self._interruption.name:
             self._history.stopped_by = self._interruption.name
@@ -134,21 +110,70 @@ class Fit:
         self._raise_if_terminated()
         return self._history
 
+    def _epochs_to_run(self) -> range:
+        """The epochs that are left. A resumed run that is between epochs takes up its state."""
+        schedule = self._schedule
+        if self._resumption is None:
+            return range(schedule.initial_epoch, schedule.epochs)
+        position = self._resumption.position
+        first = position["epoch"]
+        if position["phase"] == DONE or first >= schedule.epochs:
+            first += position["phase"] == DONE
+            self._take_up(self._resumption)
+            done, max_steps = self._step.num_windows, schedule.max_steps
+            if max_steps is not None and done >= max_steps:
+                self._run.request_stop(MAX_STEPS)
+            if self._run.stop_training:
+                return range(0)
+        return range(first, schedule.epochs)
+
     # --- an epoch ---------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch, validate if it is due, record. Empty if a signal cut it short."""
         run, callbacks, step = self._run, self._callbacks, self._step
-        self._validated = {}
+        self._validated, self._phase, self._is_cut = {}, BEGIN, False
         callbacks.call("on_epoch_begin", epoch, {})
         step.start_epoch(run.info.steps_per_epoch)
         self._recorder.start_epoch()
-        batches = self._feed.epoch()
-        always, displays = callbacks.train_batch_end()
+        self._whole_state = None  # held on to, it would double the memory of training
+        batches = self._batches()
+        if self._phase != EPOCH_END:
+            self._phase = BATCHES
+            self._train(batches)
+            if self._interruption.name and not self._feed.has_ended:
+                return {}
+            if self._is_cut:
+                self._save()  # more steps can go on from here as if nothing had ended the epoch
+            self._recorder.record(epoch)
+            self._logs = self._training_logs() | self._update_logs()
+            self._phase = EPOCH_END
+            self._keep_state()
+        logs = {k: v for k, v in self._logs.items() if k not in LAST_KEYS}
+        if self._interruption.name:
+            return {}
+        if self._validation and self._schedule.validates_after(epoch):
+            self._validate()
+            callbacks.call_last("on_validation_end", self._validated)
+            if self._interruption.name:
+                # The epoch's training is complete, its end is not: the row is kept, no hook called.
+                self._history.append(epoch, self._logs)
+                return {}
+        logs |= self._validated | {k: v for k, v in self._logs.items() if k in LAST_KEYS}
+        callbacks.call_first("on_epoch_end", epoch, logs)
+        self._phase = DONE
+        callbacks.call_last("on_epoch_end", epoch, logs)
+        self._end_epoch(epoch, logs)
+        return logs
+
+    def _train(self, batches: Iterator[Any]) -> None:
+        """Take the epoch's batches, as many as there are before something ends it."""
+        run, step = self._run, self._step
+        always, displays = self._callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
             step,
-            callbacks.bound("on_train_batch_begin"),
+            self._callbacks.bound("on_train_batch_begin"),
             always,
             self._is_over,
             displays,
@@ -159,19 +184,18 @@ class Fit:
             self._is_over()
         step.drain()
         self._check_loss()
-        self._recorder.record(self._run.epoch)
-        if self._interruption.name:
-            return {}
-        logs = self._training_logs()
-        if self._validation and self._schedule.validates_after(epoch):
-            self._validate()
-            if self._interruption.name:
-                # The epoch's training is complete, its end is not: the row is kept, no hook called.
-                self._history.append(epoch, logs | self._update_logs())
-                return {}
-        logs = {**logs, **self._validated, **self._update_logs()}
-        callbacks.call("on_epoch_end", epoch, logs)
-        return logs
+        self._is_cut = run.stop_training and not self._feed.has_ended
+
+    def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
+        """Save an epoch that is complete, if it is due."""
+        if self._saver is None:
+            return
+        self._saver.check_monitor(logs)
+        if not self._is_cut:
+            # One that was cut short was saved where it was cut.
+            self._keep_state()
+            if self._saver.is_due_after(epoch):
+                self._save()
 
     def _training_logs(self) -> dict[str, Any]:
         values = self._step.sums.values()
@@ -189,9 +213,14 @@ class Fit:
 
     def _is_over(self) -> bool:
         """After a batch: do what is due at this step, and say whether the epoch ends here."""
-        if self._step.num_windows >= self._next_event and not self._step.window_open:
+        step = self._step
+        if not step.window_open and (
+            step.num_windows >= self._next_event or perf_counter() >= self._save_at
+        ):
             self._event()
-        return self._run.stop_training or self._interruption.name is not None
+        # A signal lets an open window close: a resumed run must cut windows in the same places.
+        is_interrupted = self._interruption.name is not None and not step.window_open
+        return self._run.stop_training or is_interrupted
 
     def _event(self) -> None:
         """Record, validate or end, whatever falls on this step."""
@@ -200,11 +229,21 @@ class Fit:
         if done % schedule.log_every == 0:
             self._recorder.record(self._run.epoch)
         every = schedule.validates_every
-        if every and self._validation and done % every == 0 and not self._interruption.name:
-            self._validate()
+        if every and self._validation and done % every == 0:
+            if not self._interruption.name:
+                self._validate()
+            if self._interruption.name:
+                return  # the evaluation stays due, for the run that goes on
+            validated = self._validated
+        else:
+            validated = None
         if schedule.max_steps is not None and done >= schedule.max_steps:
-            self._run.request_stop("max_steps")
+            self._run.request_stop(MAX_STEPS)
         self._plan_next_event()
+        if validated is not None:
+            self._callbacks.call_last("on_validation_end", validated)
+        if self._saver is not None and self._saver.is_due(done):
+            self._save()
 
     def _plan_next_event(self) -> None:
         schedule, done = self._schedule, self._step.num_windows
@@ -215,6 +254,8 @@ class Fit:
             marks.append(schedule.max_steps)
         if self._run.quiet_on_nonfinite:
             marks.append(done + 1)
+        if self._saver is not None and (mark := self._saver.next_step(done)) is not None:
+            marks.append(mark)
         self._next_event = min(marks)
 
     def _check_loss(self) -> None:
@@ -222,22 +263,145 @@ class Fit:
         settled = self._step.settled
         if settled is None or settled.bad_window == 0:
             return
-        number, value = self._first_step + settled.bad_window, settled.bad_loss
         if self._run.quiet_on_nonfinite:
             self._run.request_stop("TerminateOnNaN")
             return
-        raise NonFiniteLossError(
-            self._step.explain_bad_loss(number, self._run.epoch, value),
-            step=number,
-            epoch=self._run.epoch,
-            value=value,
-        )
+        raise self._step.bad_loss(self._first_step + settled.bad_window, self._run.epoch)
 
     def _raise_if_terminated(self) -> None:
         if self._interruption.name == "SIGTERM":
             self._history.stopped_by = "SIGTERM"
             step = self._run.step
             raise Preempted(f"SIGTERM ended the run after step {step}.", step=step)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Any]:
+        """The epoch's batches; those that are left, in the epoch in which a resumed run goes on."""
+        resumption = self._resumption
+        if resumption is None or resumption.is_taken_up:
+            return self._feed.epoch()
+        self._take_up(resumption)
+        position = resumption.position
+        if position["phase"] == BEGIN:
+            return self._feed.epoch()
+        self._phase = position["phase"]
+        is_over = self._phase == BATCHES and self._is_over()
+        return iter(()) if is_over else self._feed.rest()
+
+    def state(self) -> TrainState:
+        """Everything that a fresh process needs to go on from here. Host synchronisation.
+
+        Raises:
+            CheckpointError: the data cannot tell where it is.
+        """
+        run, step, phase = self._run, self._step, self._phase
+        step.drain()
+        is_event_due = step.num_windows >= self._next_event and not step.window_open
+        feed = self._feed.state_dict(step.num_batches)
+        if feed is None:
+            raise CheckpointError(
+                f"{self._feed.source.name} has given a batch that was not trained on, and cannot "
+                "go back by one."
+            )
+        is_inside = phase in (BATCHES, EPOCH_END)
+        num_passes = feed["start_epoch"] + feed["passes_finished"]
+        position = {
+            "phase": phase,
+            "epoch": run.epoch,
+            "num_batches": step.num_batches if is_inside else 0,
+            "first_step": self._first_step,
+            "is_event_due": is_event_due,
+            "stops": run.stop_training,
+            "validated": self._validated,
+            "validated_at": self._validated_at,
+            "logs": self._logs if phase == EPOCH_END else {},
+            "feed": feed,
+            "step": step.state_dict(),
+            "recorder": self._recorder.state_dict(run.epoch),
+        }
+        return TrainState(
+            {**run.state_dict(), "num_passes": num_passes},
+            trainable_names(run.model),
+            position,
+            step.open_window(),
+            step.sums.state_dict() if is_inside else None,
+            self._callbacks.state_dict(),
+            self._history.state_dict(),
+            dict(run.info.arguments),
+            self._newest_values(),
+        )
+
+    def _newest_values(self) -> dict[str, Any]:
+        """What is known of the weights as they are, to find the best checkpoint by."""
+        if self._phase == DONE:
+            return numbers(self._history.last)
+        values = self._step.sums.values()
+        if self._validated_at == self._step.num_windows:
+            values = {**values, **self._validated}
+        return numbers(values)
+
+    def _take_up(self, resumption: Resumption) -> None:
+        """Go to where a checkpoint was taken, past what the hooks have done since the start."""
+        state, position, run = resumption.state, resumption.position, self._run
+        resumption.is_taken_up = True
+        is_due = position["is_event_due"]
+        if (reason := self._history.stopped_by) in ASK_AGAIN:  # their limits may be others now
+            self._history.stopped_by = None
+            is_due = is_due or reason == MAX_STEPS
+        elif position["stops"]:
+            run.stop_training = True
+        changes = self._callbacks.load_state_dict(state.callbacks)
+        resumption.restore()
+        self._step.note_replaced_state()
+        if position["phase"] in (BATCHES, EPOCH_END):
+            # Another batch size gives another number: then the last window closes with the data.
+            num_batches = None if resumption.is_rebatched else run.info.steps_per_epoch
+            self._step.start_epoch(num_batches)
+            self._step.load_state_dict(position["step"], state.sums, state.window)
+        self._recorder.load_state_dict(position["recorder"])
+        self._validated, self._validated_at = position["validated"], position["validated_at"]
+        self._logs = position["logs"]
+        self._plan_next_event()
+        if is_due:
+            self._next_event = 0
+        resumption.report(changes)
+
+    def _keep_state(self) -> None:
+        """Remember this place, in case a hook or the validation that follows raises."""
+        if self._saver is not None:
+            self._whole_state = self.state()
+
+    def _save(self) -> None:
+        if self._saver is None:
+            return
+        self._check_loss()
+        state = self._whole_state or self.state()
+        self._saver.save(state, _mark(state))
+        self._save_at = self._saver.due_at
+
+    def _save_end(self) -> None:
+        """Save where the fit has ended, and wait until everything is on disk."""
+        if self._saver is None:
+            return
+        if self._phase == BATCHES or (self._phase != BEGIN and not self._is_cut):
+            self._save()
+        self._saver.finish()
+
+    def _save_after(self, error: Exception) -> None:
+        """Save what an exception leaves, where that is whole; a failure becomes a note on it."""
+        if self._saver is None:
+            return
+        try:
+            is_damage = isinstance(
+                error, (ArithmeticError, MemoryError, DeviceError, CheckpointError)
+            )
+            is_somewhere = self._whole_state is not None or self._phase == BATCHES
+            if not is_damage and self._step.is_whole and is_somewhere:
+                self._save()
+            self._saver.finish()
+        except Exception as second:
+            error.add_note(f"No checkpoint was written after this: {second}")
 
     # --- validation -------------------------------------------------------------------------------
 
@@ -252,8 +416,8 @@ class Fit:
             if self._interruption.name:
                 return
             found |= {prefix + key: value for key, value in values.items()}
-        self._validated = found
-        self._callbacks.call("on_validation_end", found)
+        self._validated, self._validated_at = found, self._step.num_windows
+        self._callbacks.call_first("on_validation_end", found)
         row = {"step": self._run.step, "epoch": self._run.epoch, **found}
         self._history.evaluations.append(row)
 
@@ -261,34 +425,16 @@ class Fit:
         return self._interruption.name is not None
 
 
-class StepRecorder:
-    """Writes ``history.steps``: means over the steps since the row before.
-
-    It looks at steps that have left the device's queue, so it never waits for the newest.
-    """
-
-    def __init__(self, history: History, step: TrainStep, first_step: int) -> None:
-        self._history = history
-        self._step = step
-        self._first_step = first_step
-        self._before: Any = 0.0
-        self._last_window = 0
-
-    def start_epoch(self) -> None:
-        """The sums start from zero."""
-        self._before = 0.0
-
-    def record(self, epoch: int) -> None:
-        """Add a row for the steps since the last one, if there were any."""
-        layout, settled = self._step.sums.layout, self._step.settled
-        if settled is None or settled.num_windows == self._last_window:
-            return
-        now = settled.sums
-        values = Values(layout, [now - self._before], self._step.sums.rows, 0, 0)
-        row = {"step": self._first_step + settled.num_windows, "epoch": epoch}
-        row |= {k: values[k] for k in layout.summed if isinstance(values.get(k), float)}
-        self._history.steps.append(row)
-        self._before, self._last_window = now, settled.num_windows
+def _mark(state: TrainState) -> tuple[Any, ...]:
+    """What tells one checkpoint from another of the same step."""
+    position = state.position or {}
+    return state.trainer["step"], position["phase"], position["epoch"], position["num_batches"]
 
 
+# Where in a fit a checkpoint was taken.
+BEGIN, BATCHES, EPOCH_END, DONE = "begin", "batches", "epoch_end", "done"
+MAX_STEPS = "max_steps"
+# Who decides anew, when a run goes on, whether to stop.
+ASK_AGAIN = (MAX_STEPS, "EarlyStopping", "Timer")
 UPDATE_KEYS = ("grad_norm", "skipped_updates")
+LAST_KEYS = ("learning_rate", *UPDATE_KEYS)  # of an epoch's values these come last

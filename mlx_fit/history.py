@@ -40,6 +40,28 @@ class History:
         for key, value in logs.items():
             self.history.setdefault(key, []).append(value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The curves as plain values, for a checkpoint."""
+        return {
+            "rows": _columns(self._rows),
+            "evaluations": _columns(self.evaluations),
+            "steps": _columns(self.steps),
+            "stopped_by": self.stopped_by,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from curves that :meth:`state_dict` gave."""
+        self.history, self.epoch, self._rows = {}, [], []
+        for row in _rows(state["rows"]):
+            self.append(row.pop("epoch"), row)
+        self.evaluations, self.steps = _rows(state["evaluations"]), _rows(state["steps"])
+        self.stopped_by = state["stopped_by"]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest epoch's values; empty before the first has ended."""
+        return {k: v for k, v in self._rows[-1].items() if k != "epoch"} if self._rows else {}
+
     def best(self, key: str, mode: str = "auto") -> tuple[int, float]:
         """The epoch (0-based) with the best value of ``key``, and the value.
 
@@ -103,3 +125,16 @@ class History:
     def __repr__(self) -> str:
         last = {key: values[-1] for key, values in self.history.items()}
         return f"History({len(self.epoch)} epochs, last {last})"
+
+
+def _columns(rows: list[dict[str, Any]]) -> Any:
+    """Rows as columns, which are shorter to write, where all have the same keys."""
+    if rows and all(row.keys() == rows[0].keys() for row in rows):
+        return {key: [row[key] for row in rows] for key in rows[0]}
+    return [dict(row) for row in rows]
+
+
+def _rows(columns: Any) -> list[dict[str, Any]]:
+    if isinstance(columns, list):
+        return [dict(row) for row in columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

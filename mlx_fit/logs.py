@@ -20,6 +20,7 @@ from mlx_fit.errors import ConfigurationError
 State = dict[str, np.ndarray]
 Entries = Mapping[str, Mapping[str, mx.array]]
 Compute = Callable[[State], Any]
+Slices = dict[str, dict[str, tuple[int, tuple[int, ...]]]]  # key -> name -> (start, shape)
 
 
 def total(state: State) -> float:
@@ -43,11 +44,13 @@ class Layout:
 
     Attributes:
         computes: key -> function from its state (name -> float64 array) to its value.
+        slices: key -> name -> where its numbers start, and their shape.
     """
 
     def __init__(self) -> None:
         self.computes: dict[str, Compute] = {}
-        self._slices: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        self.slices: Slices = {}
+        self._may_change = False  # it comes from a checkpoint, whose metrics may have been others
 
     def assign(
         self, entries: Mapping[str, Mapping[str, mx.array]], computes: Mapping[str, Compute]
@@ -57,37 +60,47 @@ class Layout:
         Raises:
             ConfigurationError: a key that was there before is missing or has another size.
         """
-        slices: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        slices: Slices = {}
         size = 0
         for key, state in entries.items():
             slices[key] = {}
             for name, value in state.items():
                 slices[key][name] = (size, tuple(value.shape))
                 size += value.size
-        for key, known in self._slices.items():
+        if self._may_change:
+            self._may_change = False
+            if slices != self.slices:
+                before, self.slices = self.slices, slices
+                raise _LayoutChanged(before)
+        for key, known in self.slices.items():
             if slices.get(key) != known:
                 raise ConfigurationError(
                     f"{key!r} was logged with other sizes, or not at all, for a batch of another "
                     "shape. Metrics and objectives must return the same values for every batch."
                 )
-        self._slices = slices
+        self.slices = slices
         self.computes = dict(computes)
         return size
+
+    def expect(self, slices: Slices) -> None:
+        """Take over the places of a checkpoint's sums, until the first trace says otherwise."""
+        self.slices = slices
+        self._may_change = not self.computes
 
     @property
     def summed(self) -> list[str]:
         """Keys whose state is a sum, which is all of them but metrics that need every row."""
-        return list(self._slices)
+        return list(self.slices)
 
     def start(self, key: str, name: str) -> int:
         """Where the numbers of a state's entry begin in the vector."""
-        return self._slices[key][name][0]
+        return self.slices[key][name][0]
 
     def value(self, key: str, vector: np.ndarray) -> Any:
         """The value of ``key`` from packed float64 sums, or None where nothing was counted."""
         state = {
             name: vector[start : start + math.prod(shape)].reshape(shape)
-            for name, (start, shape) in self._slices[key].items()
+            for name, (start, shape) in self.slices[key].items()
         }
         return self.computes[key](state)
 
@@ -188,6 +201,13 @@ class _CapacityError(Exception):
         self.needed = needed
 
 
+class _LayoutChanged(Exception):
+    """The metrics are others than in the checkpoint; ``before`` says where its sums are."""
+
+    def __init__(self, before: Slices) -> None:
+        self.before = before
+
+
 class Sums:
     """Running sums of one pass over data, on the device, with what is needed to read them.
 
@@ -210,6 +230,7 @@ class Sums:
         self.running = self._zeros()
         self.batch: mx.array | None = None
         self.rows = Rows()
+        self._kept: dict[str, Any] = {}  # a checkpoint's values, until a trace tells how to compute
 
     def _zeros(self) -> list[mx.array]:
         return [mx.zeros((self.capacity,)) for _ in range(3)]
@@ -219,9 +240,41 @@ class Sums:
         self.running = self._zeros()
         self.batch = None
         self.rows = Rows()
+        self._kept = {}
 
-    def values(self) -> Values:
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted, for a checkpoint. Host synchronisation."""
+        joined = {
+            key: {name: mx.concatenate(arrays) for name, arrays in state.items()}
+            for key, state in self.rows.batches.items()
+        }
+        values = {key: getattr(v, "tolist", lambda v=v: v)() for key, v in self.values().items()}
+        slices = {
+            key: {name: [start, list(shape)] for name, (start, shape) in state.items()}
+            for key, state in self.layout.slices.items()
+        }
+        return {"running": [*self.running], "slices": slices, "rows": joined, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what :meth:`state_dict` gave."""
+        self.restart()
+        self.running = list(state["running"])
+        self.capacity = self.running[0].size
+        self.lanes = _lanes(self.capacity)
+        self.layout.expect(
+            {
+                key: {name: (start, tuple(shape)) for name, (start, shape) in entry.items()}
+                for key, entry in state["slices"].items()
+            }
+        )
+        if state["rows"]:
+            self.rows.append(state["rows"])
+        self._kept = dict(state["values"])
+
+    def values(self) -> Mapping[str, Any]:
         """Means over the pass so far."""
+        if not self.layout.computes:
+            return self._kept
         return Values(self.layout, self.running[:2], self.rows, 0, self.rows.num_batches)
 
     def pack(self, entries: Entries, computes: Mapping[str, Compute]) -> mx.array:
@@ -249,13 +302,35 @@ class Sums:
 
     def growing(self, trace: Callable[[], Any]) -> Any:
         """Call what packs, with more lanes if these prove too few."""
-        try:
-            return trace()
-        except _CapacityError as error:
-            wider = -(-error.needed // 32) * 32
-            self.running = [mx.pad(part, (0, wider - self.capacity)) for part in self.running]
-            self.capacity, self.lanes = wider, _lanes(wider)
-            return trace()
+        while True:
+            try:
+                return trace()
+            except _CapacityError as error:
+                wider = -(-error.needed // 32) * 32
+                self.running = [mx.pad(part, (0, wider - self.capacity)) for part in self.running]
+                self.capacity, self.lanes = wider, _lanes(wider)
+            except _LayoutChanged as change:
+                self._move(change.before)
+
+    def _move(self, before: Slices) -> None:
+        """Sums of a checkpoint go to their places in the present layout; others start at 0."""
+        places = {
+            (start, before[key][name][0], math.prod(shape))
+            for key, state in self.layout.slices.items()
+            for name, (start, shape) in state.items()
+            if before.get(key, {}).get(name, (0, None))[1] == shape
+        }
+        for index in (0, 1):
+            old = np.array(self.running[index])
+            new = np.zeros(
+                max([old.size, *(start + size for start, _, size in places)]), np.float32
+            )
+            for start, source, size in places:
+                new[start : start + size] = old[source : source + size]
+            self.running[index] = mx.array(new)
+        self.capacity = max(part.size for part in self.running)
+        self.running = [mx.pad(part, (0, self.capacity - part.size)) for part in self.running]
+        self.lanes = _lanes(self.capacity)
 
 
 def _lanes(capacity: int) -> mx.array:

@@ -80,5 +80,11 @@ class Run(Protocol):
     def request_stop(self, reason: str) -> None:
         """End training after the current batch's update."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer state, random key and counters."""
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that the run goes on from to a checkpoint folder."""
+
     def save_weights(self, path: str | Path) -> None:
         """Write the model's weights to a ``.safetensors`` file."""

@@ -24,6 +24,70 @@ def settings(optimizer: Any) -> list[Any]:
     ]
 
 
+def described(optimizer: Any) -> dict[str, Any]:
+    """An optimizer's kind and settings as plain values: what a run was started with."""
+    found: dict[str, Any] = {}
+    parts = optimizers_of(optimizer)
+    for number, part in enumerate(parts):
+        prefix = "optimizer" if len(parts) == 1 else f"optimizer[{number}]"
+        found[prefix] = type(part).__name__
+        scheduled = "learning_rate" in part._schedulers
+        found[f"{prefix}.learning_rate"] = (
+            "a schedule" if scheduled else _number(part.state.get("learning_rate"))
+        )
+        for name, value in vars(part).items():
+            plain = value if isinstance(value, (list, tuple)) else [value]
+            if not name.startswith("_") and all(
+                v is None or isinstance(v, (bool, int, float, str)) for v in plain
+            ):
+                found[f"{prefix}.{name}"] = list(value) if plain is value else value
+    return found
+
+
+def _number(rate: mx.array | None) -> float | None:
+    return None if rate is None else float(np.array(rate))
+
+
+def rates_of(optimizer: Any) -> list[mx.array | None]:
+    """The learning rate of each part; None for one with a schedule."""
+    return [
+        None if "learning_rate" in part._schedulers else part.state.get("learning_rate")
+        for part in optimizers_of(optimizer)
+    ]
+
+
+def set_rates(optimizer: Any, rates: list[mx.array | None]) -> None:
+    """Set rates from :func:`rates_of`, in place."""
+    for part, rate in zip(optimizers_of(optimizer), rates, strict=True):
+        if rate is not None:
+            part.state["learning_rate"] = rate
+
+
+def follow_schedules(optimizer: Any) -> None:
+    """Where a restored rate is not that of its schedule, which is a new one, take the new one's."""
+    for part in optimizers_of(optimizer):
+        if "learning_rate" in part._schedulers:
+            expected = _expected(part)
+            if not _is_close(part.state["learning_rate"], expected):
+                part.state["learning_rate"] = expected
+                mx.eval(expected)
+
+
+class OptimizerSetup:
+    """An optimizer as the user made it, before training or a callback changed its rates.
+
+    Attributes:
+        optimizer: the optimizer, or None.
+        settings: its kind and settings, as plain values.
+        rates: its learning rates.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.settings = {} if optimizer is None else described(optimizer)
+        self.rates = [] if optimizer is None else rates_of(optimizer)
+
+
 class RateGuard:
     """Notices a learning rate that was assigned under a schedule, which would overwrite it.
 
@@ -54,12 +118,20 @@ class RateGuard:
 
 
 def _check_value(optimizer: Any) -> None:
-    schedule, state = optimizer._schedulers["learning_rate"], optimizer.state
-    rate, step = float(np.array(state["learning_rate"])), int(np.array(state["step"]))
-    # Before the first update it is the schedule's first rate, later that of the newest update.
-    expected = float(np.array(schedule(mx.array(max(step - 1, 0), mx.uint64))))
-    if not math.isclose(rate, expected, rel_tol=1e-4, abs_tol=1e-12):
+    if not _is_close(optimizer.state["learning_rate"], _expected(optimizer)):
         raise _assigned()
+
+
+def _expected(optimizer: Any) -> mx.array:
+    """Before the first update the schedule's first rate, later that of the newest update."""
+    schedule, step = optimizer._schedulers["learning_rate"], optimizer.state["step"]
+    return mx.array(schedule(mx.array(max(int(np.array(step)) - 1, 0), mx.uint64)))
+
+
+def _is_close(rate: mx.array, expected: mx.array) -> bool:
+    return math.isclose(
+        float(np.array(rate)), float(np.array(expected)), rel_tol=1e-4, abs_tol=1e-12
+    )
 
 
 def _assigned() -> ConfigurationError:

@@ -1,9 +1,10 @@
-"""Reading and writing weights: one file, whole or not at all."""
+"""Everything that a run goes on from; and weights in one file, whole or not at all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,70 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fit._tree import assign, named_arrays
-from mlx_fit.errors import CheckpointError, CheckpointMismatchError, CheckpointWriteError
+from mlx_fit.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    NonFiniteLossError,
+)
+
+
+@dataclass
+class TrainState:
+    """Everything that a run goes on from.
+
+    Attributes:
+        trainer: what ``Trainer.state_dict`` gives: weights, optimizer state, loss scale, random
+            key, counters, the seed of the order.
+        trainable: names of the parameters that were trained.
+        position: where inside a fit it was taken, None outside.
+        window: gradients of an open accumulation window; empty between windows.
+        sums: what the epoch has added up, None between epochs.
+        callbacks: name -> state.
+        history: the curves so far, None before the first fit.
+        arguments: the trainer's and the fit's arguments, as plain values.
+        values: the newest values in the logs, by which the best checkpoint is chosen.
+        versions: of what decides the bits; filled in by reading.
+    """
+
+    trainer: dict[str, Any]
+    trainable: list[str] = field(default_factory=list)
+    position: dict[str, Any] | None = None
+    window: dict[str, mx.array] = field(default_factory=dict)
+    sums: dict[str, Any] | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, Any] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def without_arrays(state: TrainState) -> TrainState:
+    """All of a state but weights, optimizer state and sums, to be kept while training goes on."""
+    return replace(state, trainer={}, window={}, sums=None)
+
+
+def save_weights(path: Path, model: nn.Module, optimizer: Any, step: int, epoch: int) -> None:
+    """Write all parameters to a ``.safetensors`` file, atomically.
+
+    Args:
+        path: the file.
+        model, optimizer: looked at for NaN and infinity.
+        step, epoch: of the run, for the message.
+
+    Raises:
+        NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
+        CheckpointWriteError: writing failed; an earlier file is untouched.
+    """
+    if bad := non_finite_names(model, optimizer):
+        raise NonFiniteLossError(
+            f"Not saved to {path}: these arrays hold NaN or infinity: {', '.join(bad[:5])}"
+            f"{', ...' if len(bad) > 5 else ''}. Go on from a file saved before.",
+            step=step,
+            epoch=epoch,
+            value=float("nan"),
+        )
+    write_arrays(path, dict(named_arrays(model.parameters())))
 
 
 def non_finite_names(model: nn.Module, optimizer: Any) -> list[str]:
@@ -41,7 +105,7 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             staged.replace(path)
-            _sync(path.parent)
+            sync_folder(path.parent)
         finally:
             staged.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
@@ -67,20 +131,10 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def load_parameters(
+def check_parameters(
     model: nn.Module, arrays: Mapping[str, mx.array], *, strict: bool, source: str
 ) -> None:
-    """Put arrays into a model by name: all of them, or none if something does not fit.
-
-    Args:
-        model: the model.
-        arrays: name -> array, as ``named_arrays(model.parameters())`` names them.
-        strict: whether missing and extra names are errors. Shapes must agree in any case.
-        source: where they come from, for the message.
-
-    Raises:
-        CheckpointMismatchError: lists the missing, extra and misshapen names.
-    """
+    """Raise unless arrays fit a model by name and shape; see :func:`load_parameters`."""
     mine = dict(named_arrays(model.parameters()))
     missing = sorted(mine.keys() - arrays.keys()) if strict else []
     extra = sorted(arrays.keys() - mine.keys()) if strict else []
@@ -104,6 +158,24 @@ def load_parameters(
             extra=extra,
             misshapen=misshapen,
         )
+
+
+def load_parameters(
+    model: nn.Module, arrays: Mapping[str, mx.array], *, strict: bool, source: str
+) -> None:
+    """Put arrays into a model by name: all of them, or none if something does not fit.
+
+    Args:
+        model: the model.
+        arrays: name -> array, as ``named_arrays(model.parameters())`` names them.
+        strict: whether missing and extra names are errors. Shapes must agree in any case.
+        source: where they come from, for the message.
+
+    Raises:
+        CheckpointMismatchError: lists the missing, extra and misshapen names.
+    """
+    check_parameters(model, arrays, strict=strict, source=source)
+    mine = dict(named_arrays(model.parameters()))
     fitting = [(n, a.astype(mine[n].dtype)) for n, a in arrays.items() if n in mine]
     assign(model, fitting)
 
@@ -114,20 +186,32 @@ def load_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
     Raises:
         CheckpointMismatchError: the state is another optimizer's, or another model's.
     """
-    mine = dict(named_arrays(optimizer.state))
-    missing, extra = sorted(mine.keys() - arrays.keys()), sorted(arrays.keys() - mine.keys())
-    if missing or extra:
-        raise CheckpointMismatchError(
-            f"The optimizer's state does not fit: missing {', '.join(missing) or 'nothing'}; extra "
-            f"{', '.join(extra) or 'nothing'}. Use the optimizer, and freeze what was frozen, when "
-            "it was saved.",
-            missing=missing,
-            extra=extra,
-        )
+    check_optimizer(optimizer, arrays)
     assign(optimizer.state, arrays.items())
 
 
-def _sync(path: Path) -> None:
+def check_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
+    """Raise unless arrays fit an initialised optimizer's state by name and shape."""
+    mine = dict(named_arrays(optimizer.state))
+    missing, extra = sorted(mine.keys() - arrays.keys()), sorted(arrays.keys() - mine.keys())
+    misshapen = {
+        name: (tuple(arrays[name].shape), tuple(mine[name].shape))
+        for name in mine.keys() & arrays.keys()
+        if arrays[name].shape != mine[name].shape
+    }
+    if missing or extra or misshapen:
+        raise CheckpointMismatchError(
+            f"The optimizer's state does not fit: missing {', '.join(missing) or 'nothing'}; extra "
+            f"{', '.join(extra) or 'nothing'}; other shapes {', '.join(misshapen) or 'none'}. Use "
+            "the optimizer, and freeze what was frozen, when it was saved.",
+            missing=missing,
+            extra=extra,
+            misshapen=misshapen,
+        )
+
+
+def sync_folder(path: Path) -> None:
+    """Make names that were created or renamed in a folder durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -22,13 +22,14 @@ from mlx_fit import gradients as grad
 from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
-from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
 from mlx_fit.logs import Sums, add, divide, nonzero_total, sum_in_float64, total, watch_loss
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
 from mlx_fit.precision import next_scale, warn_of_promotion
 from mlx_fit.rates import RateGuard, optimizers_of, settings
+from mlx_fit.trainable import check_no_new, check_trained, load_window
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
 
@@ -63,6 +64,8 @@ class TrainStep:
         num_batches: batches taken in this epoch.
         num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
         learning_rate: the rate of the newest update, before anybody changes it; on the device.
+        is_whole: False while a batch is under way, and for good if computing it failed: weights
+            and optimizer may then be half updated.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class TrainStep:
         self.num_skipped = 0
         self.learning_rate: mx.array | None = None
         self.num_batches = 0
+        self.is_whole = True
         self._last_batch: int | None = None
         self._scaling = scaling
         self._is_fused = options.gradient_accumulation == 1
@@ -104,7 +108,7 @@ class TrainStep:
     # --- building ---------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        _check_trainables(self.model)
+        check_trained(self.model)
         self.objective.start()
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
@@ -162,6 +166,7 @@ class TrainStep:
                 self._rates.check()
             arrays, sums = to_mlx(batch), self.sums
             key = (signature(arrays), len(self._window), self.objective.variant)
+            self.is_whole = False
             if key in self._batch.seen:
                 results = self._batch.function(key[2], arrays, self._window, sums.running)
             else:
@@ -203,6 +208,7 @@ class TrainStep:
             )
         except Exception as error:
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
+            self.is_whole = True  # a trace that fails leaves everything as it was
             raise
         finally:
             self._host_batch = None
@@ -238,12 +244,56 @@ class TrainStep:
             except RuntimeError as error:
                 evaluate_again(error, *live)
             self._settled = sums.running, self.num_windows
+            self.is_whole = True
             return
         mx.async_eval(*live)
         self._in_flight.append((sums.running, self.num_windows))
         if len(self._in_flight) > MAX_IN_FLIGHT:
             self._settled = self._in_flight.popleft()
             mx.eval(self._settled[0])  # host synchronisation with the step before the last
+        self.is_whole = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch is, for a checkpoint; see also :meth:`open_window`. Synchronises."""
+        rate = self.learning_rate
+        return {
+            "num_windows": self.num_windows,
+            "num_batches": self.num_batches,
+            "num_in_window": self._num_in_window,
+            "num_skipped": self.num_skipped,
+            "first_window": self._first_window,
+            "learning_rate": None if rate is None else float(np.array(rate)),
+        }
+
+    def open_window(self) -> dict[str, mx.array]:
+        """The arrays of a window that waits for its update, by name; empty between windows."""
+        return dict(named_arrays(self._window))
+
+    def note_replaced_state(self) -> None:
+        """Weights and optimizer state were put in place on purpose, learning rates included."""
+        self._rates.note()
+
+    def load_state_dict(
+        self, state: dict[str, Any], sums: dict[str, Any] | None, window: dict[str, mx.array]
+    ) -> None:
+        """Go on inside an epoch that :meth:`start_epoch` has started.
+
+        Raises:
+            CheckpointMismatchError: the window's gradients are those of other parameters.
+        """
+        for name in ("num_windows", "num_batches", "num_skipped"):
+            setattr(self, name, state[name])
+        self._num_in_window, self._first_window = state["num_in_window"], state["first_window"]
+        self.window_open = self._num_in_window > 0
+        rate = state["learning_rate"]
+        self.learning_rate = None if rate is None else mx.array(rate)
+        if sums is not None:
+            self.sums.load_state_dict(sums)
+        if window:
+            zero = mx.array(0.0)
+            self._window = [snapshot(self.model.trainable_parameters()), zero, zero]
+            load_window(self._window, window)
+        self._settled = self.sums.running, self.num_windows
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""
@@ -256,19 +306,10 @@ class TrainStep:
         """The newest step of this epoch that the device has finished, None before the first."""
         return None if self._settled is None else Settled(*self._settled, self._first_window)
 
-    def explain_bad_loss(self, number: int, epoch: int, loss: float) -> str:
-        """The message for a step with a non-finite loss, or with a loss scale that ran out."""
-        where = f"at step {number} (epoch {epoch + 1})"
-        if self._scaling:
-            return (
-                f"The loss scale fell below 1 {where}: gradients overflow float16 at any scale. "
-                "The weights are as before. Use precision='mixed_bfloat16', or smaller inputs."
-            )
-        return (
-            f"The loss was {loss} {where}. The weights have taken that update: go on from a file "
-            "saved before it. A lower learning rate, clip_norm=1.0 or a check of the data usually "
-            "helps; nonfinite='skip' leaves such batches out."
-        )
+    def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
+        """The error for a step with a non-finite loss, or with a loss scale that ran out."""
+        loss = math.nan if self.settled is None else self.settled.bad_loss
+        return non_finite_loss(number, epoch, loss, scales_loss=bool(self._scaling))
 
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
@@ -341,7 +382,7 @@ class TrainStep:
             return found[-1].mean if scale is None else found[-1].mean * scale
 
         gradients = mx.grad(scaled_loss)(parameters, batch)
-        check_no_new_parameters(model, parameters)
+        check_no_new(model, parameters)
         model.update(parameters)  # the transform leaves its own arrays in the model
         terms = found[-1]
         if isinstance(terms.weight, mx.array) and not self._weight_on_host:
@@ -441,32 +482,3 @@ class TrainStep:
         finally:
             restore(self.model.state, saved)
             key.restore()
-
-
-# --- helpers -------------------------------------------------------------------------------------
-
-
-def check_no_new_parameters(model: nn.Module, before: Any) -> None:
-    """Raise if the forward pass stored an array under a public name, as a parameter."""
-    known = {name for name, _ in named_arrays(before)}
-    new = [name for name, _ in named_arrays(model.trainable_parameters()) if name not in known]
-    if new:
-        raise ConfigurationError(
-            f"The forward pass stored arrays as {', '.join(new)}, which makes them parameters of "
-            "the model. Start their names with an underscore."
-        )
-
-
-def _check_trainables(model: nn.Module) -> None:
-    named = named_arrays(model.trainable_parameters())
-    if not named:
-        raise ConfigurationError(
-            "The model has no trainable parameters: everything is frozen. Call unfreeze() on the "
-            "layers to train."
-        )
-    wrong = [name for name, value in named if not mx.issubdtype(value.dtype, mx.inexact)]
-    if wrong:
-        raise ConfigurationError(
-            f"Trainable parameters that hold integers have no gradient: {', '.join(wrong)}. "
-            "Freeze them, or start their names with an underscore to make them buffers."
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,49 +13,42 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_fit._tree import RandomState, named_arrays
 from mlx_fit.arguments import (
     as_batch,
-    check_state,
     check_trainer,
     checked_steps,
     concatenate,
     evaluation_source,
-    split_validation,
-    validation_sets,
-    weights_path,
 )
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
-from mlx_fit.data.class_weights import ClassWeights
-from mlx_fit.data.feed import Feed, Replay
-from mlx_fit.data.sources import Source, as_source
-from mlx_fit.errors import ConfigurationError, NonFiniteLossError, from_runtime_error
+from mlx_fit.checkpoint.policy import CheckpointPolicy
+from mlx_fit.data.feed import Replay
+from mlx_fit.errors import ConfigurationError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
-from mlx_fit.fit import Fit, Schedule
+from mlx_fit.fit import Fit
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
-from mlx_fit.objective import Objective, Supervised, as_objective, direction_of
+from mlx_fit.objective import Objective, as_objective, direction_of
 from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
 from mlx_fit.precision import Precision, initial_scale
+from mlx_fit.preparing import Order, Prepared, prepare_fit, run_info, trainer_arguments
 from mlx_fit.protocols import RunInfo
-from mlx_fit.rates import optimizers_of
+from mlx_fit.rates import OptimizerSetup
+from mlx_fit.resuming import Resumption, prepare
 from mlx_fit.runtime.device import DeviceConfig
+from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
-from mlx_fit.state import (
-    load_optimizer,
-    load_parameters,
-    non_finite_names,
-    read_arrays,
-    write_arrays,
-)
+from mlx_fit.state import without_arrays
+from mlx_fit.stateful import Stateful
 from mlx_fit.step import StepOptions, TrainStep
 from mlx_fit.summary import print_summary
+from mlx_fit.timing import Schedule
 
 
-class Trainer:
+class Trainer(Stateful):
     """Trains an ``mlx.nn.Module``.
 
     Args:
@@ -115,12 +107,9 @@ class Trainer:
         seed: int | None = None,
     ) -> None:
         check_trainer(model, optimizer, batch_size, device_config, seed)
-        self.model = model
-        self.optimizer: Any = optimizer
+        super().__init__(model, optimizer, seed)
         self.batch_size = batch_size
         self.device_config = device_config or DeviceConfig()
-        self.epoch = 0
-        self.history: History | None = None
         self.info = RunInfo()
         self.stop_training = False
         self.quiet_on_nonfinite = False
@@ -136,16 +125,12 @@ class Trainer:
             nonfinite,
         )
         self._options.precision.prepare(model)
+        self._setup = OptimizerSetup(optimizer)
+        self._arguments = trainer_arguments(self._options, loss, metrics, objective)
         # Lazy arrays belong to the thread that made them; the fit may run in another.
         mx.eval(model.state, optimizer.state if optimizer is not None else [])
         self._scaling = initial_scale() if self._options.precision.scales_loss else {}
         self._warns_of_promotion = precision.startswith("mixed")
-        self._seed = seed
-        self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-        self._is_seeded = False
-        self._num_passes = 0
-        self._steps_before = 0
-        self._train_step: TrainStep | None = None
         self._evaluation_step: EvaluationStep | None = None
         self._prediction_step: PredictionStep | None = None
 
@@ -166,6 +151,9 @@ class Trainer:
         class_weight: Mapping[Any, float] | None = None,
         shuffle: bool = True,
         callbacks: Any = (),
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: str | CheckpointPolicy = "epoch",
+        resume: bool | str | Path = False,
         log_every: int = 10,
         verbose: int | str = "auto",
     ) -> History:
@@ -187,6 +175,13 @@ class Trainer:
             class_weight: class -> factor of the weights of its rows; never used in validation.
             shuffle: whether arrays and datasets are shuffled each epoch.
             callbacks: a callback or a list of them.
+            checkpoint_dir: folder for checkpoints of everything, from which a run that was killed
+                goes on bit for bit. The end of the fit is always saved.
+            checkpoint_every: ``"epoch"``, ``"500 steps"``, ``"10 minutes"``, or a
+                :class:`CheckpointPolicy`, which says also how many are kept.
+            resume: ``"auto"`` goes on from the newest whole checkpoint in ``checkpoint_dir`` if
+                there is one, True insists on one, a path is that of a checkpoint. False starts
+                anew, and refuses a folder that holds checkpoints.
             log_every: steps between rows of ``history.steps``, and between looks at the loss.
             verbose: 0 nothing, 1 a bar, 2 a line per epoch; ``"auto"`` is 1 on a terminal or in a
                 notebook, 2 elsewhere.
@@ -196,54 +191,66 @@ class Trainer:
             DataError: the data cannot be used, or ended early.
             NonFiniteLossError: the loss became NaN or infinite (``nonfinite="raise"``).
             OutOfMemoryError, DeviceError: the device failed.
+            CheckpointError: a checkpoint could not be written, or the one to resume is damaged or
+                does not fit.
+            ResumeError: there is nothing to resume, or the data or the seed is another.
             Preempted: SIGTERM arrived; a ``SystemExit`` of code 143.
         """
         schedule = Schedule(
-            epochs,
-            initial_epoch,
-            max_steps,
-            steps_per_epoch,
-            validation_freq,
-            validation_steps,
-            log_every,
+            *(epochs, initial_epoch, max_steps, steps_per_epoch),
+            *(validation_freq, validation_steps, log_every),
         )
-        train, val = split_validation(train, val, validation_split)
-        feed = self._feed(train, schedule, shuffle)
-        validation = validation_sets(val, schedule, self.batch_size)
-        verbose = resolve_verbose(verbose)
+        given = prepare_fit(
+            train,
+            val,
+            schedule,
+            Order(self._seed, self._order_seed, self._num_passes),
+            objective=self._objective,
+            batch_size=self.batch_size,
+            validation_split=validation_split,
+            class_weight=class_weight,
+            shuffle=shuffle,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
         interruption = Interruption()
         with training_mode(self.model), watched(interruption):
             self._seed_once()
-            self._start_run(schedule, feed.source, validation, verbose)
-            assert self.history is not None
-            callback_list = CallbackList(
-                [callbacks, HistoryRecorder(self.history), progress(verbose)],
-                self,
-                self.history.params,
-            )
+            history = self._start_run(given, resolve_verbose(verbose))
+            resumption = self._resume(given)
+            watchers = [callbacks, HistoryRecorder(history), progress(self.info.verbose)]
+            callback_list = CallbackList(watchers, self, history.params)
             with self._computing(callback_list, trains=True):
-                fit = Fit(
+                self._fit = Fit(
                     self,
-                    schedule,
-                    self._new_train_step(),
-                    feed,
-                    self._class_weights(class_weight),
+                    given,
+                    self._new_train_step(resumption),
                     self._new_evaluation_step(),
-                    validation,
                     callback_list,
-                    self.history,
+                    history,
                     interruption,
+                    None if given.store is None else Saver(given.store, given.policy, self),
+                    resumption,
                 )
-                try:
-                    return fit()
-                finally:
-                    self._num_passes = feed.start_epoch + feed.passes_finished
+                return self._run_fit(given)
 
     def train(
-        self, train_dataset: Any, val_dataset: Any = None, epochs: int = 1, *, callbacks: Any = ()
+        self,
+        train_dataset: Any,
+        val_dataset: Any = None,
+        epochs: int = 1,
+        checkpoint_dir: str | Path | None = None,
+        callbacks: Any = (),
     ) -> History:
         """The same as :meth:`fit`, by the name that earlier MLX training code used."""
-        return self.fit(train_dataset, val_dataset, epochs=epochs, callbacks=callbacks)
+        return self.fit(
+            train_dataset,
+            val_dataset,
+            epochs=epochs,
+            checkpoint_dir=checkpoint_dir,
+            callbacks=callbacks,
+        )
 
     def train_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
         """One update from one batch, given as ``(x, y)`` or as separate arguments.
@@ -260,12 +267,7 @@ class Trainer:
             step(batch)
             step.settle()
             if step.settled and step.settled.bad_window:
-                raise NonFiniteLossError(
-                    step.explain_bad_loss(self.step, self.epoch, step.settled.bad_loss),
-                    step=self.step,
-                    epoch=self.epoch,
-                    value=step.settled.bad_loss,
-                )
+                raise step.bad_loss(self.step, self.epoch)
             return {key: plain(value) for key, value in Logs(step.sums).items()}
 
     # --- evaluation and prediction ----------------------------------------------------------------
@@ -369,97 +371,13 @@ class Trainer:
         batch = x if isinstance(x, (tuple, list)) else (x,)
         return next(iter([*self.predict_batches([batch], verbose=0)]))
 
-    # --- weights and state ------------------------------------------------------------------------
-
-    def save_weights(self, path: str | Path) -> None:
-        """Write all parameters to a ``.safetensors`` file, atomically.
-
-        Raises:
-            ConfigurationError: the path has another suffix.
-            NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
-            CheckpointWriteError: writing failed; an earlier file is untouched.
-        """
-        path = weights_path(path)
-        if bad := non_finite_names(self.model, self.optimizer):
-            raise NonFiniteLossError(
-                f"Not saved to {path}: these arrays hold NaN or infinity: {', '.join(bad[:5])}"
-                f"{', ...' if len(bad) > 5 else ''}. Go on from a file saved before.",
-                step=self.step,
-                epoch=self.epoch,
-                value=float("nan"),
-            )
-        write_arrays(path, dict(named_arrays(self.model.parameters())))
-
-    def load_weights(self, path: str | Path, strict: bool = True) -> None:
-        """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.
-
-        Args:
-            path: the file.
-            strict: whether missing and extra names are errors.
-
-        Raises:
-            CheckpointMismatchError: lists the names that do not fit.
-            CheckpointError: the file is missing or unreadable.
-        """
-        path = weights_path(path)
-        load_parameters(self.model, read_arrays(path), strict=strict, source=str(path))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from: weights, optimizer, random key and counters."""
-        return {
-            "model": dict(named_arrays(self.model.parameters())),
-            "optimizer": dict(named_arrays(self.optimizer.state)) if self.optimizer else {},
-            "loss_scale": dict(self._scaling),
-            "random_key": RandomState().words,
-            "step": self.step,
-            "epoch": self.epoch,
-            "order_seed": self._order_seed,
-            "num_passes": self._num_passes,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Go on from what :meth:`state_dict` gave; nothing is loaded if the weights do not fit.
-
-        Args:
-            state: from :meth:`state_dict`, of this or another trainer.
-            strict: whether missing and extra parameter names are errors.
-        """
-        check_state(state)
-        load_parameters(self.model, state["model"], strict=strict, source="The state")
-        if self.optimizer is not None and state["optimizer"]:
-            self.optimizer.init(self.model.trainable_parameters())
-            load_optimizer(self.optimizer, state["optimizer"])
-        self._scaling = dict(state["loss_scale"])
-        RandomState(state["random_key"]).restore()
-        self._is_seeded = True
-        self._train_step = None
-        self._steps_before = state["step"]
-        self.epoch = state["epoch"]
-        self._order_seed = state["order_seed"]
-        self._num_passes = state["num_passes"]
+    # --- what it is -------------------------------------------------------------------------------
 
     def summary(self) -> None:
         """Print the layers with their parameters, how many are trained, and their bytes."""
         print_summary(self.model)
 
     # --- what callbacks see -----------------------------------------------------------------------
-
-    @property
-    def step(self) -> int:
-        """Windows of batches taken so far, over all fits."""
-        active = self._train_step.num_windows if self._train_step else 0
-        return self._steps_before + active
-
-    @property
-    def num_batches(self) -> int:
-        """Batches taken so far in this epoch."""
-        return self._train_step.num_batches if self._train_step else 0
-
-    @property
-    def learning_rate(self) -> float | None:
-        """The rate of the newest update. Reads the device."""
-        rate = optimizers_of(self.optimizer)[0].state.get("learning_rate")
-        return None if rate is None else float(rate.item())
 
     def direction(self, key: str) -> bool | None:
         """Whether a higher value of a logged key is better; None where nobody declared it."""
@@ -486,51 +404,51 @@ class Trainer:
 
     # --- preparation ------------------------------------------------------------------------------
 
-    def _feed(self, train: Any, schedule: Schedule, shuffle: bool) -> Feed:
-        source = as_source(
-            train,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self._order_seed,
-            name="train",
-        )
-        start = max(self._num_passes, schedule.initial_epoch)
-        return Feed(source, schedule.steps_per_epoch, start)
+    def _run_fit(self, given: Prepared) -> History:
+        assert self._fit is not None
+        try:
+            history = self._fit()
+            self._last_fit = without_arrays(self._fit.state())
+            return history
+        finally:
+            self._fit = None
+            self._num_passes = given.feed.start_epoch + given.feed.passes_finished
 
-    def _class_weights(self, class_weight: Mapping[Any, float] | None) -> ClassWeights | None:
-        if class_weight is None:
+    def _resume(self, given: Prepared) -> Resumption | None:
+        """Go to where a checkpoint was taken, if there is one."""
+        if given.found is None:
             return None
-        if not isinstance(self._objective, Supervised):
-            raise ConfigurationError(
-                "class_weight needs a loss=: what an objective does with weights is its own "
-                "matter. Weigh the classes in the objective."
-            )
-        return ClassWeights(class_weight)
+        resumption = prepare(
+            *given.found,
+            model=self.model,
+            setup=self._setup,
+            scaling=self._scaling,
+            feed=given.feed,
+            arguments=self.info.arguments,
+        )
+        self._take_counters(given.found[1].trainer)
+        if resumption is not None:
+            assert self.history is not None
+            self._steps_before = resumption.position["first_step"]
+            self.history.load_state_dict(resumption.state.history or {})
+        return resumption
 
     def _seed_once(self) -> None:
         if self._seed is not None and not self._is_seeded:
             mx.random.seed(self._seed)
             self._is_seeded = True
 
-    def _start_run(
-        self, schedule: Schedule, source: Source, validation: Mapping[str, Replay], verbose: int
-    ) -> None:
+    def _start_run(self, given: Prepared, verbose: int) -> History:
         self.stop_training = False
         self.quiet_on_nonfinite = False
-        num_batches = schedule.steps_per_epoch or source.num_batches
-        params = {"verbose": verbose, "epochs": schedule.epochs, "steps": num_batches}
+        if self._setup.optimizer is not self.optimizer:
+            self._setup = OptimizerSetup(self.optimizer)
+        settings = self._arguments | self._setup.settings
+        accumulation = self._options.gradient_accumulation
+        self.info = info = run_info(given, accumulation, verbose, settings)
+        params = {"verbose": verbose, "epochs": info.epochs, "steps": info.steps_per_epoch}
         self.history = History(params, self.direction)
-        self.info = RunInfo(
-            "fit",
-            schedule.epochs,
-            schedule.initial_epoch,
-            num_batches,
-            tuple(validation),
-            schedule.validates_every is not None,
-            source.batch_size or 0,
-            (source.batch_size or 0) * self._options.gradient_accumulation,
-            verbose,
-        )
+        return self.history
 
     def _require_objective(self) -> Objective:
         if self._objective is None:
@@ -539,7 +457,7 @@ class Trainer:
             )
         return self._objective
 
-    def _new_train_step(self) -> TrainStep:
+    def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
         if self.optimizer is None:
             raise ConfigurationError(
                 "This trainer has no optimizer: give Trainer(model, optimizer, ...)."
@@ -554,10 +472,9 @@ class Trainer:
             self._warns_of_promotion,
         )
         self._warns_of_promotion = False
+        if resumption is not None:
+            self._train_step.num_windows = resumption.num_windows
         return self._train_step
-
-    def _drop_train_step(self) -> None:
-        self._steps_before, self._train_step = self.step, None
 
     def _new_evaluation_step(self) -> EvaluationStep:
         self._evaluation_step = EvaluationStep(self.model, self._require_objective(), self._options)

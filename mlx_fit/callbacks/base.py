@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
 from mlx_fit.protocols import Run
 
 
@@ -25,6 +25,8 @@ class Callback:
     Attributes:
         trainer: the run, once it has started.
         params: ``{"verbose", "epochs", "steps"}``.
+        runs_last: whether it is called after all others, history and progress included, because
+            what it saves holds their state.
         due_at: None: told of the end of every training batch. A callback that only displays sets
             it to the ``time.perf_counter()`` from which on it wants to be told of the next.
 
@@ -37,6 +39,7 @@ class Callback:
     trainer: Run
     params: dict[str, Any]
     due_at: float | None = None
+    runs_last: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -115,17 +118,17 @@ class CallbackList:
     """
 
     def __init__(self, callbacks: Any, run: Run, params: dict[str, Any]) -> None:
-        self.callbacks = list(flatten(callbacks))
+        self.callbacks = sorted(flatten(callbacks), key=lambda callback: callback.runs_last)
         for callback in self.callbacks:
             _warn_of_unknown_hooks(callback)
             callback.trainer = run
             callback.params = params
-        self._bound: dict[str, list[Callable[..., None]]] = {
-            hook: [
-                getattr(callback, hook) for callback in self.callbacks if _overrides(callback, hook)
-            ]
-            for hook in HOOKS
-        }
+        self._bound: dict[str, list[Callable[..., None]]] = {}
+        self._last: dict[str, list[Callable[..., None]]] = {}
+        for hook in HOOKS:
+            own = [callback for callback in self.callbacks if _overrides(callback, hook)]
+            self._bound[hook] = [getattr(callback, hook) for callback in own]
+            self._last[hook] = [getattr(c, hook) for c in own if c.runs_last]
 
     def bound(self, hook: str) -> list[Callable[..., None]]:
         """The methods to call for a hook: only those that somebody wrote."""
@@ -142,6 +145,49 @@ class CallbackList:
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback that has it."""
         for method in self._bound[hook]:
+            method(*arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all callbacks that have one, by name."""
+        named = self._named()
+        return {name: c.state_dict() for name, c in named.items() if _has_state(c)}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> list[str]:
+        """Give the callbacks their states back, by name, and say which did not find each other.
+
+        Raises:
+            CheckpointMismatchError: a callback cannot take its state back.
+        """
+        named = {name: c for name, c in self._named().items() if _has_state(c)}
+        for name in named.keys() & states.keys():
+            try:
+                named[name].load_state_dict(states[name])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointMismatchError(
+                    f"{name} cannot take back its state from the checkpoint, which has "
+                    f"{', '.join(states[name])}: {error!r}. Use the class that was saved."
+                ) from error
+        new = [f"{name} was added" for name in named if name not in states]
+        return new + [f"{name} was removed" for name in states if name not in named]
+
+    def _named(self) -> dict[str, Callback]:
+        """Callbacks by class name, the second of a class as ``Name#2``."""
+        named: dict[str, Callback] = {}
+        for callback in self.callbacks:
+            name, number = type(callback).__name__, 2
+            while name in named:
+                name, number = f"{type(callback).__name__}#{number}", number + 1
+            named[name] = callback
+        return named
+
+    def call_first(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of all but those that run last."""
+        for method in self._bound[hook][: len(self._bound[hook]) - len(self._last[hook])]:
+            method(*arguments)
+
+    def call_last(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of those that run last, once what they save is settled."""
+        for method in self._last[hook]:
             method(*arguments)
 
     def report(self, error: BaseException) -> None:
@@ -184,6 +230,10 @@ def flatten(callbacks: Any) -> Iterable[Callback]:
 def _overrides(callback: Callback, hook: str) -> bool:
     method = getattr(callback, hook)
     return getattr(method, "__func__", method) is not getattr(Callback, hook)
+
+
+def _has_state(callback: Callback) -> bool:
+    return type(callback).state_dict is not Callback.state_dict
 
 
 def _warn_of_unknown_hooks(callback: Callback) -> None:

@@ -121,6 +121,7 @@ class EarlyStopping(Callback):
             "best_epoch": self.best_epoch,
             "wait": self.wait,
             "num_judged": self._num_judged,
+            "stopped_epoch": self.stopped_epoch,
             "best_weights": dict(self._best_weights),
         }
 
@@ -129,3 +130,6 @@ class EarlyStopping(Callback):
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.wait, self._num_judged = state["wait"], state["num_judged"]
         self._best_weights = dict(state["best_weights"])
+        if state["stopped_epoch"] is not None and self.wait >= self.patience:
+            self.stopped_epoch = state["stopped_epoch"]
+            self.trainer.request_stop("EarlyStopping")

@@ -1,7 +1,8 @@
-"""Save weights while training."""
+"""Save weights, or everything, while training."""
 
 from __future__ import annotations
 
+import re
 import string
 import warnings
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor
+from mlx_fit.checkpoint.store import remove_checkpoint
 from mlx_fit.errors import (
     CheckpointWriteError,
     ConfigurationError,
@@ -17,27 +19,32 @@ from mlx_fit.errors import (
     UnknownMonitorError,
 )
 
+SUFFIX = ".safetensors"
+
 
 class ModelCheckpoint(Callback):
-    """Saves the model's weights each epoch, every so many steps, or when they are the best so far.
+    """Saves each epoch, every so many steps, or when a value is the best so far.
 
     Args:
-        filepath: a ``.safetensors`` path. May hold ``{epoch}`` and ``{batch}`` (both 1-based),
-            ``{step}``, and any key of the logs: ``"{epoch:02d}-{val_loss:.3f}.safetensors"``.
+        filepath: a ``.safetensors`` path, for the model's weights; or a folder, for a checkpoint
+            of everything, as ``fit(resume=...)`` and ``Trainer.load`` read it. May hold
+            ``{epoch}`` and ``{batch}`` (both 1-based), ``{step}``, and any key of the logs:
+            ``"{epoch:02d}-{val_loss:.3f}.safetensors"``.
         monitor: key in the logs, looked at with ``save_best_only``.
         save_best_only: save only when the monitored value improves on the best so far, which
             persists over fits.
-        save_weights_only: None or True: weights are what a ``.safetensors`` file holds.
+        save_weights_only: whether only weights are saved, which the path says already; None leaves
+            it at that.
         mode: ``"min"``, ``"max"``, or ``"auto"``, the metric's own direction.
         save_freq: ``"epoch"`` (also: each evaluation inside epochs), or every so many steps,
             counted across epochs.
         initial_value_threshold: the first value must beat this one.
-        keep: how many files to keep; the oldest goes once the newest is safe. None keeps all.
+        keep: how many to keep; the oldest goes once the newest is safe. None keeps all.
         verbose: 1 prints a line per decision.
 
     Attributes:
         best: the best value so far, None before the first.
-        last_path: the file written last, None before the first.
+        last_path: the file or folder written last, None before the first.
     """
 
     def __init__(
@@ -67,6 +74,8 @@ class ModelCheckpoint(Callback):
         self._has_value = False
         self._keys_seen: list[str] = []  # where the monitored value was missing
         _check_path(self.filepath, save_weights_only)
+        # What a checkpoint holds of the other callbacks must be of this step.
+        self.runs_last = not self.filepath.endswith(SUFFIX)
         if keep is not None and (not isinstance(keep, int) or keep < 1):
             raise ConfigurationError(
                 f"ModelCheckpoint(keep={keep!r}); expected an int >= 1 or None."
@@ -139,26 +148,34 @@ class ModelCheckpoint(Callback):
             change = ""
         if self._verbose:
             print(f"{prefix}{change}saving model to {path}")
-        self._save(path)
+        before = self.best, self.last_path, self._written
+        # First: a checkpoint holds this, too.
         self.best = value if value is not None else self.best
-
-    def _save(self, path: Path) -> None:
-        if path.is_dir():
-            raise CheckpointWriteError(
-                f"{path} is a directory; the weights need a file name.", path=path
-            )
+        self.last_path = path
+        self._written = [name for name in self._written if name != str(path)] + [str(path)]
         try:
-            self.trainer.save_weights(path)
+            self._write(path)
         except NonFiniteLossError as error:
+            self.best, self.last_path, self._written = before
             if not self.trainer.quiet_on_nonfinite:
                 raise
             # TerminateOnNaN asked for a quiet end; the last good file stays.
             warnings.warn(str(error), stacklevel=2)
-            return
-        self.last_path = path
-        self._written = [name for name in self._written if name != str(path)] + [str(path)]
+        except Exception:
+            self.best, self.last_path, self._written = before
+            raise
         while self._keep is not None and len(self._written) > self._keep:
             _remove(Path(self._written.pop(0)))
+
+    def _write(self, path: Path) -> None:
+        if self.runs_last:
+            self.trainer.save(path)
+        elif path.is_dir():
+            raise CheckpointWriteError(
+                f"{path} is a directory; the weights need a file name.", path=path
+            )
+        else:
+            self.trainer.save_weights(path)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and the files written."""
@@ -180,10 +197,11 @@ def _checked_frequency(save_freq: int | str) -> int | None:
 
 
 def _check_path(filepath: str, save_weights_only: bool | None) -> None:
-    if not filepath.endswith(".safetensors"):
+    suffix = Path(re.sub(r"\{[^}]*\}", "0", filepath)).suffix
+    if suffix != SUFFIX and re.fullmatch(r"\.[A-Za-z]\w*", suffix):
         raise ConfigurationError(
             f"ModelCheckpoint({filepath!r}) cannot tell what to write; expected a path that ends "
-            "with .safetensors, for weights."
+            "with .safetensors, for weights, or a folder without a suffix, for everything."
         )
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(filepath)]
@@ -194,10 +212,11 @@ def _check_path(filepath: str, save_weights_only: bool | None) -> None:
             f"ModelCheckpoint({filepath!r}): a field has no name; write {{epoch}}, {{step}} or a "
             "key of the logs."
         )
-    if save_weights_only is False:
+    if save_weights_only is not None and save_weights_only != (suffix == SUFFIX):
         raise ConfigurationError(
-            f"ModelCheckpoint({filepath!r}, save_weights_only=False): a .safetensors file holds "
-            "weights only. Leave the argument out."
+            f"ModelCheckpoint({filepath!r}, save_weights_only={save_weights_only}): a .safetensors "
+            "file holds weights only, a folder without a suffix everything. Change the path, or "
+            "leave the argument out."
         )
 
 
@@ -216,9 +235,12 @@ def _formatted(template: str, facts: dict[str, Any], logs: Mapping[str, Any]) ->
 
 def _remove(path: Path) -> None:
     try:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            remove_checkpoint(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:  # an old file too many is no reason to end a run
-        warnings.warn(f"The old weights {path} could not be removed: {error}", stacklevel=2)
+        warnings.warn(f"The old {path} could not be removed: {error}", stacklevel=2)
 
 
 def _short(value: float | None) -> str:

@@ -70,7 +70,7 @@ class Monitor:
 
     def improves(self, run: Run, value: float, best: float | None) -> bool:
         """Whether ``value`` is strictly better than ``best``. NaN is worse than anything."""
-        higher_is_better = self._higher_is_better(run)  # first: it may raise, and then at once
+        higher_is_better = self.higher_is_better(run)  # first: it may raise, and then at once
         if math.isnan(value):
             return False
         if best is None:
@@ -79,7 +79,12 @@ class Monitor:
             return value > best + self._min_delta
         return value < best - self._min_delta
 
-    def _higher_is_better(self, run: Run) -> bool:
+    def higher_is_better(self, run: Run) -> bool:
+        """The direction, given or declared by the metric.
+
+        Raises:
+            ConfigurationError: neither.
+        """
         if self._mode != "auto":
             return self._mode == "max"
         higher = run.direction(self.name)

@@ -31,6 +31,8 @@ class Feed:
         passes_started: passes over the data that were begun. A later feed of the same data that
             starts at ``start_epoch + passes_started`` shuffles on.
         passes_finished: passes that came to their end.
+        num_drawn: batches drawn in this epoch.
+        has_ended: whether this epoch has given all of its batches.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Feed:
         self.start_epoch = start_epoch
         self.passes_started = 0
         self.passes_finished = 0
+        self.num_drawn = 0
+        self.has_ended = False
         self._pass: Iterator[Any] | None = None  # the one that the next epoch goes on with
-        self._num_drawn = 0  # batches of the current pass
+        self._num_in_pass = 0  # batches drawn of the current pass
+        self._newest: Any = None
 
     def epoch(self) -> Iterator[Any]:
         """The batches of the next epoch.
@@ -51,18 +56,27 @@ class Feed:
             DataError: the data gave no batch at all, or it is an iterator that ended before the
                 epoch did. Raised where the missing batch is asked for.
         """
+        self.num_drawn, self.has_ended = 0, False
+        return self._rest()
+
+    def _rest(self) -> Iterator[Any]:
         return self._one_pass() if self.steps_per_epoch is None else self._joined()
 
     def _one_pass(self) -> Iterator[Any]:
-        if self.source.one_shot and self.passes_finished:
-            raise self._ran_out(0)
-        for batch in self._start_pass():
-            self._num_drawn += 1
+        if self._pass is None:
+            if self.source.one_shot and self.passes_finished:
+                raise self._ran_out(0)
+            self._pass = self._start_pass()
+        for batch in self._pass:
+            self.num_drawn += 1
+            self._num_in_pass += 1
+            self._newest = batch
             yield batch
         self._end_pass()
+        self.has_ended = True
 
     def _joined(self) -> Iterator[Any]:
-        for step in range(self.steps_per_epoch or 0):
+        for step in range(self.num_drawn, self.steps_per_epoch or 0):
             batch = _END if self._pass is None else next(self._pass, _END)
             while batch is _END:
                 if self._pass is not None:
@@ -71,9 +85,11 @@ class Feed:
                     raise self._ran_out(step)
                 self._pass = self._start_pass()
                 batch = next(self._pass, _END)
-            self._num_drawn += 1
+            self.num_drawn += 1
+            self._num_in_pass += 1
+            self._newest = batch
             yield batch
-        if self._pass is not None and self._num_drawn == self.source.num_batches:
+        if self._pass is not None and self._num_in_pass == self.source.num_batches:
             # All were given: let the pass end now, because a DataLoader counts only ended epochs.
             # Should its len() have been too small, nothing is lost.
             batch = next(self._pass, _END)
@@ -81,17 +97,59 @@ class Feed:
                 self._end_pass()
             else:
                 self._pass = itertools.chain([batch], self._pass)
+        self.has_ended = True
+
+    def state_dict(self, num_taken: int) -> dict[str, Any] | None:
+        """Where the data is, as plain values; None if its source cannot tell.
+
+        Args:
+            num_taken: batches of this epoch that were taken: all that were drawn, or one less.
+        """
+        untaken = self._newest if num_taken < self.num_drawn else None
+        num_in_pass = self._num_in_pass - (untaken is not None)
+        position = self.source.position(num_in_pass, untaken)
+        if position is None:
+            return None
+        return {
+            "start_epoch": self.start_epoch,
+            "passes_started": self.passes_started,
+            "passes_finished": self.passes_finished,
+            "num_drawn": num_taken,
+            "num_in_pass": num_in_pass,
+            "is_open": self._pass is not None,
+            "has_ended": self.has_ended,
+            "source": position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state_dict` was taken.
+
+        Raises:
+            ResumeError: the data is not what it was.
+        """
+        self.start_epoch = state["start_epoch"]
+        self.passes_started = state["passes_started"]
+        self.passes_finished = state["passes_finished"]
+        self.num_drawn, self.has_ended = state["num_drawn"], state["has_ended"]
+        self._num_in_pass = state["num_in_pass"]
+        self.source.restore(state["source"], self._num_in_pass if state["is_open"] else 0)
+        if state["is_open"]:
+            self._pass = self.source.batches(self.start_epoch + self.passes_started - 1)
+
+    def rest(self) -> Iterator[Any]:
+        """The batches that are left of the epoch in which a loaded state was taken."""
+        return iter(()) if self.has_ended else self._rest()
 
     def _start_pass(self) -> Iterator[Any]:
         batches = self.source.batches(self.start_epoch + self.passes_started)
         self.passes_started += 1
-        self._num_drawn = 0
+        self._num_in_pass = 0
         return batches
 
     def _end_pass(self) -> None:
         self._pass = None
         self.passes_finished += 1
-        if self._num_drawn == 0:
+        if self._num_in_pass == 0:
             raise DataError(
                 f"{self.source.name} gave no batch in pass {self.passes_finished} over it"
                 + (
@@ -107,7 +165,7 @@ class Feed:
         wanted = f"after {step} of {steps} steps of an epoch" if steps else "when an epoch started"
         return DataError(
             f"{self.source.name} is an iterator, which can be read once. It had given "
-            f"{self._num_drawn} batches and ran out {wanted}. Pass a function that returns a new "
+            f"{self._num_in_pass} batches and ran out {wanted}. Pass a function that returns a new "
             "iterator, or a list of batches."
         )
 

@@ -6,14 +6,17 @@ Imports layer 2: data.arrays, data.dataset, data.loader.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+from mlx_fit.batch import num_rows
 from mlx_fit.data.arrays import is_array, is_scalar
 from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
 from mlx_fit.data.loader import DataLoader
-from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 
 __all__ = [
     "BatchSource",
@@ -51,7 +54,27 @@ class Source(ABC):
 
     @abstractmethod
     def batches(self, epoch: int) -> Iterator[Any]:
-        """One pass over the data. ``epoch`` decides the order of rows that are shuffled here."""
+        """One pass over the data. ``epoch`` decides the order of rows that are shuffled here.
+
+        After :meth:`restore` the next pass is what was left of the saved one.
+        """
+
+    @abstractmethod
+    def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:
+        """Where the current pass is, as plain values; None if that cannot be told.
+
+        Args:
+            num_batches: batches of the pass that were taken.
+            untaken: a batch that was drawn after them and not taken, or None.
+        """
+
+    @abstractmethod
+    def restore(self, position: dict[str, Any], num_batches: int) -> None:
+        """Let the next pass begin after ``num_batches`` of the pass with a saved position.
+
+        Raises:
+            ResumeError: the data is not what it was.
+        """
 
 
 class RowSource(Source):
@@ -66,10 +89,32 @@ class RowSource(Source):
         self.batch_size = batch_size
         self.num_batches = len(self._loader)
         self.one_shot = False
+        self._start = (0, 0)  # batches and samples before the first batch of this pass
+        self._next_start = (0, 0)
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        self._loader.set_epoch(epoch)
+        self._start, self._next_start = self._next_start, (0, 0)
+        state = self._loader.state_dict() | {"epoch": epoch, "samples_consumed": self._start[1]}
+        self._loader.load_state_dict(state)
         return iter(self._loader)
+
+    def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
+        first, samples = self._start
+        state = self._loader.state_dict()
+        samples = min(samples + (num_batches - first) * state["batch_size"], state["n"])
+        kept = {key: state[key] for key in ("version", "n", "shuffle")}
+        return {**kept, "samples_consumed": samples}
+
+    def restore(self, position: dict[str, Any], num_batches: int) -> None:
+        state = self._loader.state_dict()
+        for field in ("version", "n") + (("shuffle",) if num_batches else ()):
+            if position.get(field) != state[field]:
+                raise ResumeError(
+                    f"The checkpoint was made with {field}={position.get(field)!r} of {self.name}, "
+                    f"but now it has {field}={state[field]!r}: the rows that were left would be "
+                    "others. Use the same data."
+                )
+        self._next_start = (num_batches, position["samples_consumed"] if num_batches else 0)
 
 
 class BatchSource(Source):
@@ -83,9 +128,38 @@ class BatchSource(Source):
         size = getattr(iterable, "batch_size", None)  # a DataLoader's, ours or torch's
         self.batch_size = size if isinstance(size, int) else None
         self.one_shot = False
+        self._num_skipped = 0
+        self._is_stateful = all(
+            callable(getattr(iterable, method, None))
+            for method in ("state_dict", "load_state_dict")
+        )
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        return iter(self._iterable)
+        skipped, self._num_skipped = self._num_skipped, 0
+        if isinstance(self._iterable, list):
+            return islice(self._iterable, skipped, None)
+        return skipping(iter(self._iterable), skipped, self.name)
+
+    def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:
+        if not self._is_stateful:
+            return {}
+        state = self._iterable.state_dict()  # type: ignore[attr-defined]
+        if untaken is not None:
+            if not isinstance(self._iterable, DataLoader):
+                return None  # it has counted a batch that nobody took
+            rest = state["samples_consumed"] - num_rows(untaken)
+            state = state | {"samples_consumed": rest}
+        return {"loader": state}
+
+    def restore(self, position: dict[str, Any], num_batches: int) -> None:
+        if not self._is_stateful or "loader" not in position:
+            self._num_skipped = num_batches
+            return
+        state = position["loader"]
+        if isinstance(self._iterable, DataLoader):
+            # Counted in samples, so another batch size can go on from there.
+            state = state | {"batch_size": self._iterable.batch_size}
+        self._iterable.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 class IteratorSource(Source):
@@ -102,6 +176,12 @@ class IteratorSource(Source):
     def batches(self, epoch: int) -> Iterator[Any]:
         return self._iterator
 
+    def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
+        return {}
+
+    def restore(self, position: dict[str, Any], num_batches: int) -> None:
+        self._iterator = skipping(self._iterator, num_batches, self.name)
+
 
 class FunctionSource(Source):
     """A function that returns the batches of a pass, called for each."""
@@ -113,6 +193,7 @@ class FunctionSource(Source):
         self.num_rows = None
         self.batch_size = None
         self.one_shot = False
+        self._num_skipped = 0
 
     def batches(self, epoch: int) -> Iterator[Any]:
         result = self._function()
@@ -122,7 +203,35 @@ class FunctionSource(Source):
                 f"{self.name}: the function returned a {type(result).__name__}; it must return an "
                 "iterator or another iterable of batches."
             )
-        return iter(result)
+        skipped, self._num_skipped = self._num_skipped, 0
+        return skipping(iter(result), skipped, self.name)
+
+    def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
+        return {}
+
+    def restore(self, position: dict[str, Any], num_batches: int) -> None:
+        self._num_skipped = num_batches
+
+
+def skipping(batches: Iterator[Any], count: int, name: str) -> Iterator[Any]:
+    """The batches after the first ``count``, which are read and discarded.
+
+    Raises:
+        ResumeError: there are fewer.
+    """
+    if count:
+        warnings.warn(
+            f"To resume, the first {count} batches of {name} are read and discarded: they must "
+            "come in the same order as before. A mlx_fit.DataLoader goes to its place at once.",
+            stacklevel=2,
+        )
+        found = sum(1 for _ in islice(batches, count))
+        if found < count:
+            raise ResumeError(
+                f"The checkpoint was made after {count} batches of a pass over {name}, which has "
+                f"{found} now. Use the same data."
+            )
+    return batches
 
 
 def as_source(

@@ -18,7 +18,8 @@ ROOT = Path(mlx_fit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
-    *("signals", "plan", "loop", "passes", "fit", "arguments", "trainer"),
+    *("signals", "timing", "plan", "loop", "passes", "saving", "resuming", "arguments"),
+    *("preparing", "recorder", "fit", "stateful", "trainer"),
     *("distributed", "cli"),
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
@@ -26,7 +27,7 @@ LAYERS = [
     {"errors", "batch", "logs", "protocols", "sums", "checks", "_tree", "_version"},
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
-        *("data.order", "gradients", "weighting", "datasets", "rates", "modes"),
+        *("data.order", "gradients", "weighting", "datasets", "rates", "modes", "trainable"),
     },
     {
         *("data", "text", "objective", "options", "compiled", "step", "evaluation", "summary"),

@@ -1,0 +1,103 @@
+"""The checkpoints of one fit: when they are due, and what is written."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from mlx_fit.callbacks.monitor import Monitor
+from mlx_fit.checkpoint.format import Snapshot, take_snapshot
+from mlx_fit.checkpoint.policy import CheckpointPolicy
+from mlx_fit.checkpoint.store import CheckpointStore
+from mlx_fit.checkpoint.writer import Writer
+from mlx_fit.errors import NonFiniteLossError
+from mlx_fit.protocols import Run
+from mlx_fit.state import TrainState
+
+
+class Saver:
+    """Saves a fit when its policy says so.
+
+    Args:
+        store: where to.
+        policy: when, and what stays.
+        run: the trainer, as callbacks see it.
+
+    Attributes:
+        due_at: the ``time.perf_counter()`` from which on the next step is saved.
+        saved: what the newest checkpoint holds: step, phase and epoch.
+    """
+
+    def __init__(self, store: CheckpointStore, policy: CheckpointPolicy, run: Run) -> None:
+        self.saved: tuple[Any, ...] | None = None
+        self._store = store
+        self._policy = policy
+        self._run = run
+        self._writer = Writer(policy.background)
+        self._hashes: dict[str, str] = {}
+        self._monitor: Monitor | None = None
+        if policy.monitor is not None:
+            self._monitor = Monitor(policy.monitor, policy.mode, "CheckpointPolicy")
+        self._set_clock()
+
+    def _set_clock(self) -> None:
+        seconds = self._policy.num_seconds
+        self.due_at = math.inf if seconds is None else perf_counter() + seconds
+
+    def next_step(self, done: int) -> int | None:
+        """The next step that is saved for its number, None if none is."""
+        every = self._policy.num_steps
+        return None if every is None else (done // every + 1) * every
+
+    def is_due(self, done: int) -> bool:
+        """Whether to save after ``done`` steps of this fit."""
+        every = self._policy.num_steps
+        return perf_counter() >= self.due_at or (every is not None and done % every == 0)
+
+    def is_due_after(self, epoch: int) -> bool:
+        """Whether to save at the end of an epoch (0-based)."""
+        every = self._policy.num_epochs
+        return every is not None and (epoch + 1) % every == 0
+
+    def check_monitor(self, logs: Mapping[str, Any]) -> None:
+        """Raise at an epoch's end if the value that decides on the best does not appear."""
+        if self._monitor is not None:
+            self._monitor.at_epoch_end(self._run, logs)
+
+    def save(self, state: TrainState, mark: tuple[Any, ...]) -> None:
+        """Save, unless what ``mark`` stands for is saved already.
+
+        Raises:
+            CheckpointWriteError, NonFiniteLossError: this save, or in the background the one
+                before it, failed.
+        """
+        if mark == self.saved:
+            return
+        higher = None if self._monitor is None else self._monitor.higher_is_better(self._run)
+        snapshot = take_snapshot(state, self._run.model, self._policy.frozen)
+        self._writer.submit(partial(self._write, snapshot, higher))
+        self.saved = mark
+        self._set_clock()
+
+    def _write(self, snapshot: Snapshot, higher: bool | None) -> None:
+        try:
+            self._store.save(snapshot, self._hashes)
+        except NonFiniteLossError as error:
+            if not self._run.quiet_on_nonfinite:
+                raise
+            # TerminateOnNaN asked for a quiet end; the last good checkpoint stays.
+            warnings.warn(str(error), stacklevel=2)
+            return
+        self._store.prune(self._policy, higher)
+
+    def finish(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            CheckpointWriteError, NonFiniteLossError: it failed.
+        """
+        self._writer.wait()

@@ -1,0 +1,57 @@
+"""What is trained: the parameters that are not frozen, and gradients of their structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fit._tree import assign, named_arrays
+from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are trained."""
+    return [name for name, _ in named_arrays(model.trainable_parameters())]
+
+
+def load_window(window: list[Any], arrays: dict[str, mx.array]) -> None:
+    """Put saved gradients into a window of the present parameters' structure."""
+    names = {name for name, _ in named_arrays(window)}
+    if names != arrays.keys():
+        missing, extra = sorted(names - arrays.keys()), sorted(arrays.keys() - names)
+        raise CheckpointMismatchError(
+            "The checkpoint holds an open accumulation window of other parameters: missing "
+            f"{', '.join(missing) or 'nothing'}; extra {', '.join(extra) or 'nothing'}.",
+            missing=missing,
+            extra=extra,
+        )
+    assign(window, arrays.items())
+
+
+def check_no_new(model: nn.Module, before: Any) -> None:
+    """Raise if the forward pass stored an array under a public name, as a parameter."""
+    known = {name for name, _ in named_arrays(before)}
+    new = [name for name, _ in named_arrays(model.trainable_parameters()) if name not in known]
+    if new:
+        raise ConfigurationError(
+            f"The forward pass stored arrays as {', '.join(new)}, which makes them parameters of "
+            "the model. Start their names with an underscore."
+        )
+
+
+def check_trained(model: nn.Module) -> None:
+    """Raise unless there is something to train, all of it with a gradient."""
+    named = named_arrays(model.trainable_parameters())
+    if not named:
+        raise ConfigurationError(
+            "The model has no trainable parameters: everything is frozen. Call unfreeze() on the "
+            "layers to train."
+        )
+    wrong = [name for name, value in named if not mx.issubdtype(value.dtype, mx.inexact)]
+    if wrong:
+        raise ConfigurationError(
+            f"Trainable parameters that hold integers have no gradient: {', '.join(wrong)}. "
+            "Freeze them, or start their names with an underscore to make them buffers."
+        )
