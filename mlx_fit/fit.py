@@ -13,6 +13,7 @@ from mlx_fit.callbacks.base import CallbackList, numbers
 from mlx_fit.errors import (
     CheckpointError,
     DeviceError,
+    NonFiniteLossError,
     Preempted,
 )
 from mlx_fit.evaluation import EvaluationStep
@@ -120,9 +121,6 @@ class Fit:
         if position["phase"] == DONE or first >= schedule.epochs:
             first += position["phase"] == DONE
             self._take_up(self._resumption)
-            done, max_steps = self._step.num_windows, schedule.max_steps
-            if max_steps is not None and done >= max_steps:
-                self._run.request_stop(MAX_STEPS)
             if self._run.stop_training:
                 return range(0)
         return range(first, schedule.epochs)
@@ -154,11 +152,11 @@ class Fit:
             return {}
         if self._validation and self._schedule.validates_after(epoch):
             self._validate()
-            callbacks.call_last("on_validation_end", self._validated)
             if self._interruption.name:
                 # The epoch's training is complete, its end is not: the row is kept, no hook called.
                 self._history.append(epoch, self._logs)
                 return {}
+            callbacks.call_last("on_validation_end", self._validated)
         logs |= self._validated | {k: v for k, v in self._logs.items() if k in LAST_KEYS}
         callbacks.call_first("on_epoch_end", epoch, logs)
         self._phase = DONE
@@ -250,7 +248,7 @@ class Fit:
         marks = [(done // schedule.log_every + 1) * schedule.log_every]
         if schedule.validates_every and self._validation:
             marks.append((done // schedule.validates_every + 1) * schedule.validates_every)
-        if schedule.max_steps is not None:
+        if schedule.max_steps is not None and schedule.max_steps > done:
             marks.append(schedule.max_steps)
         if self._run.quiet_on_nonfinite:
             marks.append(done + 1)
@@ -345,10 +343,8 @@ class Fit:
         """Go to where a checkpoint was taken, past what the hooks have done since the start."""
         state, position, run = resumption.state, resumption.position, self._run
         resumption.is_taken_up = True
-        is_due = position["is_event_due"]
-        if (reason := self._history.stopped_by) in ASK_AGAIN:  # their limits may be others now
+        if self._history.stopped_by in ASK_AGAIN:  # their limits may be others now
             self._history.stopped_by = None
-            is_due = is_due or reason == MAX_STEPS
         elif position["stops"]:
             run.stop_training = True
         changes = self._callbacks.load_state_dict(state.callbacks)
@@ -363,8 +359,11 @@ class Fit:
         self._validated, self._validated_at = position["validated"], position["validated_at"]
         self._logs = position["logs"]
         self._plan_next_event()
-        if is_due:
+        if position["is_event_due"]:
             self._next_event = 0
+        max_steps = self._schedule.max_steps
+        if max_steps is not None and self._step.num_windows >= max_steps:
+            run.request_stop(MAX_STEPS)
         resumption.report(changes)
 
     def _keep_state(self) -> None:
@@ -394,7 +393,7 @@ class Fit:
             return
         try:
             is_damage = isinstance(
-                error, (ArithmeticError, MemoryError, DeviceError, CheckpointError)
+                error, (NonFiniteLossError, MemoryError, DeviceError, CheckpointError)
             )
             is_somewhere = self._whole_state is not None or self._phase == BATCHES
             if not is_damage and self._step.is_whole and is_somewhere:

@@ -98,8 +98,9 @@ def prepare_fit(
         "class_weight": None if class_weight is None else dict(class_weight),
         "shuffle": shuffle,
         "log_every": schedule.log_every,
-        "checkpoint_every": policy.every,
     }
+    if store is not None:
+        arguments["checkpoint_every"] = policy.every
     return Prepared(
         schedule,
         Feed(source, schedule.steps_per_epoch, start),

@@ -138,8 +138,8 @@ def differences(saved: TrainState, arguments: Mapping[str, Any]) -> list[str]:
     before = saved.arguments | {k: v for k, v in saved.versions.items() if k in BITS}
     now = dict(arguments) | {k: v for k, v in versions().items() if k in BITS}
     found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
         if old == new or name in UNREPORTED:
             continue
         if name in FIXED:

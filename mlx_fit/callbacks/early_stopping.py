@@ -123,6 +123,7 @@ class EarlyStopping(Callback):
             "num_judged": self._num_judged,
             "stopped_epoch": self.stopped_epoch,
             "best_weights": dict(self._best_weights),
+            "monitor": self._monitor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,6 +131,7 @@ class EarlyStopping(Callback):
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.wait, self._num_judged = state["wait"], state["num_judged"]
         self._best_weights = dict(state["best_weights"])
+        self._monitor.load_state_dict(state["monitor"])
         if state["stopped_epoch"] is not None and self.wait >= self.patience:
             self.stopped_epoch = state["stopped_epoch"]
             self.trainer.request_stop("EarlyStopping")

@@ -179,11 +179,21 @@ class ModelCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and the files written."""
-        return {"best": self.best, "written": list(self._written)}
+        return {
+            "best": self.best,
+            "written": list(self._written),
+            "last_path": None if self.last_path is None else str(self.last_path),
+            "step_looked_at": self._step_looked_at,
+            "has_value": self._has_value,
+            "monitor": self._monitor.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on comparing with the best of the run so far."""
         self.best, self._written = state["best"], list(state["written"])
+        self.last_path = None if state["last_path"] is None else Path(state["last_path"])
+        self._step_looked_at, self._has_value = state["step_looked_at"], state["has_value"]
+        self._monitor.load_state_dict(state["monitor"])
 
 
 def _checked_frequency(save_freq: int | str) -> int | None:

@@ -44,6 +44,14 @@ class Monitor:
         self._appeared = False
         self._appears_inside = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the value has appeared in this fit."""
+        return {"appeared": self._appeared, "appears_inside": self._appears_inside}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in a resumed fit."""
+        self._appeared, self._appears_inside = state["appeared"], state["appears_inside"]
+
     def after_validation(self, run: Run, logs: Mapping[str, Any]) -> float | None:
         """The value to judge after a validation, or None."""
         if not run.info.validates_inside_epochs or self.name not in logs:
