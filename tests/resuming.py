@@ -77,7 +77,12 @@ class Run:
         model = Net()
         mx.eval(model.parameters())
         schedule = warmup_cosine(1e-2, 40, 4)
-        options = {"metrics": ["accuracy", "auroc"], "batch_size": BATCH, "seed": 5, "clip_norm": 1.0}
+        options = {
+            "metrics": ["accuracy", "auroc"],
+            "batch_size": BATCH,
+            "seed": 5,
+            "clip_norm": 1.0,
+        }
         self.trainer = Trainer(
             model,
             optim.AdamW(schedule),

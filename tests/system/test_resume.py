@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from resuming import BATCH, ROWS, STEPS_PER_EPOCH, Run, differences
 
 from mlx_fit import (
     Callback,
@@ -21,7 +22,6 @@ from mlx_fit import (
     Preempted,
     ResumeError,
 )
-from resuming import BATCH, ROWS, STEPS_PER_EPOCH, Run, differences
 
 OPTIONS = {
     "plain": {},
@@ -447,9 +447,11 @@ def test_batches_from_outside_are_skipped_to_their_place(tmp_path, kind):
 
     def run(directory):
         made = Run(directory)
-        made.train = {"list": batches(), "function": lambda: iter(batches()), "iterable": Iterable()}[
-            kind
-        ]
+        made.train = {
+            "list": batches(),
+            "function": lambda: iter(batches()),
+            "iterable": Iterable(),
+        }[kind]
         return made
 
     whole = run(None)
