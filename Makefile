@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench soak clean
 
 help:
 	@echo "make demo    train on handwritten digits (sets up .venv first)"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   format, lint and types, as CI does"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make bench   print the benchmarks"
+	@echo "make soak    kill and resume a run hundreds of times"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(STAMP)
@@ -52,6 +53,10 @@ bench: setup
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/blas.py
 	$(BIN)/python benchmarks/imports.py
+
+soak: setup
+	$(BIN)/python tests/soak.py --stages 400 --kills 300
+	$(BIN)/python tests/soak.py --fresh --kills 30
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

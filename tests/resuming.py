@@ -77,18 +77,9 @@ class Run:
         model = Net()
         mx.eval(model.parameters())
         schedule = warmup_cosine(1e-2, 40, 4)
-        options = {
-            "metrics": ["accuracy", "auroc"],
-            "batch_size": BATCH,
-            "seed": 5,
-            "clip_norm": 1.0,
-        }
-        self.trainer = Trainer(
-            model,
-            optim.AdamW(schedule),
-            "cross_entropy",
-            **options | {"metrics": ["accuracy"]} | (trainer or {}),
-        )
+        options = {"metrics": ["accuracy"], "batch_size": BATCH, "seed": 5, "clip_norm": 1.0}
+        optimizer = optim.AdamW(schedule)
+        self.trainer = Trainer(model, optimizer, "cross_entropy", **options | (trainer or {}))
         self.ids = Ids()
         self.stopping = EarlyStopping("val_loss", patience=50, restore_best_weights=True)
         x, y = rows()
