@@ -23,7 +23,7 @@ from mlx_fit.passes import evaluate_pass, plain
 from mlx_fit.preparing import Prepared
 from mlx_fit.protocols import Run
 from mlx_fit.recorder import StepRecorder
-from mlx_fit.resuming import Resumption
+from mlx_fit.resuming import Resumption, trusting
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
 from mlx_fit.state import TrainState
@@ -341,8 +341,12 @@ class Fit:
 
     def _take_up(self, resumption: Resumption) -> None:
         """Go to where a checkpoint was taken, past what the hooks have done since the start."""
-        state, position, run = resumption.state, resumption.position, self._run
         resumption.is_taken_up = True
+        with trusting(resumption.path):
+            self._go_to(resumption)
+
+    def _go_to(self, resumption: Resumption) -> None:
+        state, position, run = resumption.state, resumption.position, self._run
         if self._history.stopped_by in ASK_AGAIN:  # their limits may be others now
             self._history.stopped_by = None
         elif position["stops"]:

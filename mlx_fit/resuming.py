@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from mlx_fit.checkpoint.format import STATE, read_checkpoint, versions
 from mlx_fit.checkpoint.loading import check_state, put_state
 from mlx_fit.checkpoint.store import CheckpointStore, bring_back
 from mlx_fit.data.feed import Feed
-from mlx_fit.errors import CheckpointError, ConfigurationError, ResumeError
+from mlx_fit.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ConfigurationError,
+    MlxFitError,
+    ResumeError,
+)
 from mlx_fit.rates import OptimizerSetup, set_rates
 from mlx_fit.state import TrainState
 from mlx_fit.trainable import trainable_names
@@ -129,6 +136,26 @@ def read_path(path: Path) -> tuple[Path, TrainState]:
     return path, read_checkpoint(path)
 
 
+@contextmanager
+def trusting(path: Path) -> Iterator[None]:
+    """Say that a checkpoint is no sound one where its contents make no sense.
+
+    Its hashes agree, so either another version wrote it or somebody with other intentions.
+    """
+    try:
+        yield
+    except MlxFitError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointCorruptError(
+            f"{path} is whole, but what it says makes no sense: {error!r}. It was not written by "
+            "this version of mlx_fit.",
+            path=path,
+            expected="the state of a fit",
+            got=repr(error),
+        ) from error
+
+
 def differences(saved: TrainState, arguments: Mapping[str, Any]) -> list[str]:
     """What is not as it was when the checkpoint was written.
 
@@ -179,7 +206,8 @@ def prepare(
         put_state(model, optimizer, scaling, trainer)
         return None
     found = differences(state, arguments)
-    feed.load_state_dict(state.position["feed"])
+    with trusting(path):
+        feed.load_state_dict(state.position["feed"])
     changed = {text.partition(" ")[0] for text in found}
     is_same = set(state.trainable) == set(trainable_names(model))
     put_state(model, optimizer, scaling, trainer, with_optimizer=is_same)

@@ -20,7 +20,7 @@ from mlx_fit.checkpoint.store import write_folder
 from mlx_fit.fit import Fit
 from mlx_fit.history import History
 from mlx_fit.rates import optimizers_of
-from mlx_fit.resuming import read_path
+from mlx_fit.resuming import read_path, trusting
 from mlx_fit.state import (
     TrainState,
     load_optimizer,
@@ -81,6 +81,8 @@ class Stateful(ABC):
         if self._fit is not None:
             state = self._fit.state()
         else:
+            if self.optimizer is not None:  # before its first update it has no state to save
+                self.optimizer.init(self.model.trainable_parameters())
             last = self._last_fit or TrainState({}, arguments=self._arguments)
             names = trainable_names(self.model)
             state = replace(last, trainer=self.state_dict(), trainable=names)
@@ -103,7 +105,8 @@ class Stateful(ABC):
         self._last_fit = without_arrays(state)
         if state.history is not None:
             self.history = History({}, self.direction)
-            self.history.load_state_dict(state.history)
+            with trusting(found):
+                self.history.load_state_dict(state.history)
 
     def save_weights(self, path: str | Path) -> None:
         """Write all parameters to a ``.safetensors`` file, atomically.

@@ -37,7 +37,7 @@ from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.preparing import Order, Prepared, prepare_fit, run_info, trainer_arguments
 from mlx_fit.protocols import RunInfo
 from mlx_fit.rates import OptimizerSetup
-from mlx_fit.resuming import Resumption, prepare
+from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
@@ -429,8 +429,9 @@ class Trainer(Stateful):
         self._take_counters(given.found[1].trainer)
         if resumption is not None:
             assert self.history is not None
-            self._steps_before = resumption.position["first_step"]
-            self.history.load_state_dict(resumption.state.history or {})
+            with trusting(resumption.path):
+                self._steps_before = resumption.position["first_step"]
+                self.history.load_state_dict(resumption.state.history or {})
         return resumption
 
     def _seed_once(self) -> None:

@@ -118,7 +118,7 @@ def decode(value: Any, arrays: Mapping[str, mx.array]) -> Any:
         return {key: decode(item, arrays) for key, item in value.items()}
     try:
         return _special(tag, value[tag], arrays)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointCorruptError(
             f"The checkpoint describes a value that cannot be: {json.dumps(value)[:200]}."
         ) from error
@@ -135,8 +135,8 @@ def _special(tag: str, content: Any, arrays: Mapping[str, mx.array]) -> Any:
         if "name" in content:
             return arrays[content["name"]]
         values = decode(content["values"], arrays)
-        array = mx.array(np.array(values, _numpy_dtype(content["dtype"])))
-        return array.reshape(content["shape"])
+        dtype = _numpy_dtype(content["dtype"])
+        return mx.array(np.array(values, dtype).reshape(content["shape"]))
     if tag == "$numpy":
         flat = np.array(decode(content["data"], arrays))
         dtype = np.dtype(content["dtype"])
