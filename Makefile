@@ -53,6 +53,7 @@ bench: setup
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/blas.py
 	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 400 --kills 300
