@@ -54,6 +54,7 @@ bench: setup
 	$(BIN)/python benchmarks/blas.py
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/text.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 400 --kills 300

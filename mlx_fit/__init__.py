@@ -14,7 +14,7 @@ from mlx_fit.runtime import blas as _blas
 
 _blas.preload()
 
-from mlx_fit import callbacks, data, datasets, errors, losses, metrics, schedules
+from mlx_fit import callbacks, data, datasets, errors, losses, metrics, schedules, text
 from mlx_fit._version import __version__
 from mlx_fit.callbacks import (
     Callback,
@@ -100,4 +100,5 @@ __all__ = [
     "losses",
     "metrics",
     "schedules",
+    "text",
 ]

@@ -2,7 +2,7 @@
 
 A batch is ``x``, ``(x, y)`` or ``(x, y, weights)``, as a tuple or a list, where each part is a tree
 (dict, list, tuple) of arrays with a common leading axis, the rows. A NamedTuple is a batch of its
-own kind, for objectives that know it.
+own kind, for objectives that know it: :class:`TextBatch` is the one of this package.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ class Parts(NamedTuple):
     x: Any
     y: Any
     weights: Any
+
+
+class TextBatch(NamedTuple):
+    """A batch of token sequences for a language model, each array of shape ``(batch, length)``.
+
+    Attributes:
+        tokens: int32, the documents, padded on the right with 0.
+        targets: int32, the token that follows each one; 0 where there is none.
+        weights: float32, 1 where a target counts, else 0: at padding, at the last token of a
+            document, and at what training is not meant to learn.
+        segments: int32, the number of the document within its row, from 1; 0 at padding.
+    """
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segments: Any
 
 
 def unpack(batch: Any) -> Parts:

@@ -36,7 +36,9 @@ LAYERS = [
     {"callbacks"},
     set(RUN),
 ]
-SLOW_TO_IMPORT = ["rich", "tensorboardX", "torch", "safetensors", "matplotlib", "transformers"]
+SLOW_TO_IMPORT = [
+    *("rich", "tensorboardX", "torch", "safetensors", "matplotlib", "transformers", "tokenizers"),
+]
 
 
 def name_of(path):
@@ -103,7 +105,9 @@ def assert_allowed_beside(unit, other, tree):
         assert other in LAYERS[0], f"{unit} and {other} are of one layer"
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if name_of(f).startswith("data")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if name_of(f).split(".")[0] in ("data", "text")], ids=name_of
+)
 def test_data_modules_name_the_layer_2_modules_they_import(path):
     tree = tree_of(path)
     if path.name != "__init__.py":

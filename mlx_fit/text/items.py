@@ -1,0 +1,80 @@
+"""Items ``(tokens, mask)`` of any data set, checked, and their lengths."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mlx_fit.errors import ConfigurationError, DataError
+
+__all__ = ["TokenRows", "item", "lengths_of", "row_name"]
+
+
+@runtime_checkable
+class TokenRows(Protocol):
+    """A data set of ``(tokens, mask)`` that knows its lengths without giving the items."""
+
+    lengths: np.ndarray
+
+    def row_name(self, index: int) -> str:
+        """What row ``index`` is called where it was read."""
+
+
+def row_name(dataset: Any, index: int) -> str:
+    """What to call row ``index`` in messages."""
+    return dataset.row_name(index) if isinstance(dataset, TokenRows) else f"row {index}"
+
+
+def item(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, int32, and mask of row ``index``, both of shape ``(tokens,)``.
+
+    Raises:
+        DataError: the row is something else.
+    """
+    row = dataset[index]
+    try:
+        tokens, mask = (np.asarray(part) for part in row)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"Row {index} is a {type(row).__name__}; expected (tokens, mask), two lists of the "
+            "same length.",
+            index=index,
+        ) from error
+    if tokens.ndim != 1 or tokens.shape != mask.shape:
+        raise DataError(
+            f"Row {index} has tokens of shape {tokens.shape} and a mask of shape {mask.shape}; "
+            "expected one dimension and the same length.",
+            index=index,
+        )
+    if len(tokens) and (tokens.dtype.kind not in "iu" or mask.dtype.kind not in "biuf"):
+        raise DataError(
+            f"Row {index} has tokens of dtype {tokens.dtype} and a mask of dtype {mask.dtype}; "
+            "expected integers, and 1 where a token is a target.",
+            index=index,
+        )
+    return tokens.astype(np.int32, copy=False), mask
+
+
+def lengths_of(dataset: Any) -> np.ndarray:
+    """Tokens of each row, int64. Reads every row unless the data set knows.
+
+    Raises:
+        ConfigurationError: ``dataset`` has no rows by index.
+        DataError: it is empty, or a row is not ``(tokens, mask)``.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ConfigurationError(
+            f"dataset is a {type(dataset).__name__}; expected one with __len__ and __getitem__ "
+            "whose items are (tokens, mask), such as TextDataset."
+        )
+    if isinstance(dataset, TokenRows):
+        lengths = np.asarray(dataset.lengths, np.int64)
+    else:
+        lengths = np.array([len(item(dataset, i)[0]) for i in range(len(dataset))], np.int64)
+    if not len(lengths):
+        raise DataError(
+            "The dataset is empty: 0 rows. If it is a TextDataset, print(dataset.report()) says "
+            "what was dropped or skipped."
+        )
+    return lengths
