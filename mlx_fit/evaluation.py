@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_fit._tree import RandomState
 from mlx_fit.batch import describe, signature, to_mlx, unpack
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
-from mlx_fit.logs import Sums, add
+from mlx_fit.logs import FOLD, Sums
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, float32, forward
 from mlx_fit.options import StepOptions
@@ -55,43 +55,47 @@ class EvaluationStep:
         batch = to_mlx(host_batch)
         key = (signature(batch), self._objective.variant)
         if key in self._batch.seen:
-            results = self._batch.function(key[1], batch, self.sums.running)
+            results = self._batch.function(key[1], batch)
         else:
             results = self._first_call(key, host_batch, batch)
-        self.sums.running, self.sums.batch, rows = results
+        sums = self.sums
+        sums.batch, rows = results
+        sums.pending.append(results[0])
+        sums.tags.append(0)
         if rows:
-            self.sums.rows.append(rows)
+            sums.rows.append(rows)
 
     def settle(self) -> None:
         """Evaluate the batch: waited for on the CPU, started elsewhere."""
         sums = self.sums
         if mx.default_device().type == mx.DeviceType.cpu:
             try:
-                mx.eval(sums.running, sums.batch, sums.rows.newest)  # host synchronisation
+                mx.eval(sums.batch, sums.rows.newest)  # host synchronisation
             except RuntimeError as error:
-                evaluate_again(error, sums.running, sums.batch, sums.rows.newest)
+                evaluate_again(error, sums.batch, sums.rows.newest)
         else:
-            mx.async_eval(sums.running, sums.batch, sums.rows.newest)
+            mx.async_eval(sums.batch, sums.rows.newest)
+        if len(sums.pending) > FOLD:
+            sums.fold(sums.num_added - 2)  # the last ones may be under way
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         self._host_batch = host_batch
         warn_of_many_shapes(self._shapes, key[0], batch)
         try:
-            return self.sums.growing(lambda: self._batch(key, key[1], batch, self.sums.running))
+            return self.sums.growing(lambda: self._batch(key, key[1], batch))
         except Exception as error:
             error.add_note(f"In the evaluation step, for the batch {describe(batch)}.")
             raise
         finally:
             self._host_batch = None
 
-    def _evaluate(self, variant: bool, batch: Any, running: list[mx.array]) -> Any:
+    def _evaluate(self, variant: bool, batch: Any) -> Any:
         precision = self._options.precision
         with precision.casting(self.model):
             terms = self._objective(self.model, batch)
         if self._host_batch is not None:
             self._objective.host_weight(self._host_batch)
-        vector = self.sums.pack(terms.states, terms.computes)
-        return add(running, vector), vector, terms.rows
+        return self.sums.pack(terms.states, terms.computes), terms.rows
 
 
 class PredictionStep:

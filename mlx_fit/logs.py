@@ -1,8 +1,9 @@
 """Lazy logs: the running sums of an epoch stay on the device until somebody looks at them.
 
 Everything that is logged is a weighted sum, divided once, when it is read. The step packs all sums
-of a batch into one float32 vector; a :class:`Layout` says which part belongs to which key, and
-:class:`Logs` turns the vector into Python floats on demand. One look is one read of the device.
+of a batch into one float32 vector; a :class:`Layout` says which part belongs to which key. The
+vectors wait on the device until somebody looks, or there are many; then the host adds them up, and
+:class:`Logs` turns them into Python floats.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlx_fit.errors import ConfigurationError
 State = dict[str, np.ndarray]
 Entries = Mapping[str, Mapping[str, mx.array]]
 Compute = Callable[[State], Any]
+FOLD = 64  # vectors that wait on the device before the host adds them up unasked
 Slices = dict[str, dict[str, tuple[int, tuple[int, ...]]]]  # key -> name -> (start, shape)
 
 
@@ -105,9 +107,16 @@ class Layout:
         return self.computes[key](state)
 
 
-def sum_in_float64(vectors: Sequence[mx.array | np.ndarray]) -> np.ndarray:
-    """Packed sums plus their rounding errors, on the host."""
-    return np.sum([np.array(vector, np.float64) for vector in vectors], axis=0)
+def total_of(totals: np.ndarray, vectors: Sequence[mx.array]) -> np.ndarray:
+    """Packed float64 sums plus more vectors. Host synchronisation with the step of the last one.
+
+    One after the other, so that the bits do not depend on how many are added at a time.
+    """
+    totals = totals.copy()
+    for vector in vectors:
+        found = np.array(vector)
+        totals[: found.size] += found
+    return totals
 
 
 class Rows:
@@ -139,8 +148,7 @@ class Values(Mapping[str, Any]):
 
     Args:
         layout: what the vector holds.
-        sums: packed sums, and perhaps their rounding errors, each of shape ``(capacity,)``; empty:
-            nothing was counted yet.
+        read: gives the packed sums, float64 of shape ``(capacity,)``, when they are first needed.
         rows: rows of metrics that need every one.
         first, last: which batches of them count.
     """
@@ -148,13 +156,13 @@ class Values(Mapping[str, Any]):
     def __init__(
         self,
         layout: Layout,
-        sums: Sequence[mx.array | np.ndarray],
+        read: Callable[[], np.ndarray],
         rows: Rows,
         first: int,
         last: int,
     ) -> None:
         self._layout = layout
-        self._sums = sums
+        self._read = read
         self._rows = rows
         self._span = first, last
         self._cache: dict[str, Any] = {}
@@ -164,7 +172,7 @@ class Values(Mapping[str, Any]):
     def vector(self) -> np.ndarray:
         """The packed sums in float64. Host synchronisation: waits for the step that made them."""
         if self._vector is None:
-            self._vector = sum_in_float64(self._sums)
+            self._vector = self._read()
         return self._vector
 
     def _value(self, key: str) -> Any:
@@ -173,8 +181,6 @@ class Values(Mapping[str, Any]):
         return self._cache[key]
 
     def _compute(self, key: str) -> Any:
-        if not self._sums:
-            return None
         if key in self._rows.batches:
             first, last = self._span
             return self._layout.computes[key](self._rows.read(key, first, last))
@@ -209,38 +215,73 @@ class _LayoutChanged(Exception):
 
 
 class Sums:
-    """Running sums of one pass over data, on the device, with what is needed to read them.
+    """Sums of one pass over data, with what is needed to read them.
 
-    The bookkeeping of a batch is written so that MLX compiles it into one kernel: every number has
-    a lane of one short vector, and only elementwise operations touch it.
+    The packing of a batch is written so that MLX compiles it into one kernel: every number has a
+    lane of one short vector, and only elementwise operations touch it.
 
     Attributes:
-        running: three vectors: float32 sums; their rounding errors (compensated summation: A.
-            Neumaier, "Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen",
-            1974); and the watch on non-finite losses (see :func:`watch_loss`).
         lanes: the numbers of the lanes, 0 to ``capacity - 1``.
+        totals: float64 sums of the vectors that were folded; never changed in place.
+        pending: the vectors since then, on the device, in order.
+        tags: a number for each of them, which :attr:`first_bad` tells.
         batch: the packed sums of the last batch, None before the first.
         rows: rows of metrics that need every one.
+        watched: the key whose sums must be finite, or None.
+        first_bad: tag and value of the first vector in which they were not, or None.
     """
 
     def __init__(self) -> None:
         self.layout = Layout()
         self.capacity = 32  # lanes at first; they grow where metrics need more
         self.lanes = _lanes(self.capacity)  # made here: inside a trace it would be work
-        self.running = self._zeros()
-        self.batch: mx.array | None = None
-        self.rows = Rows()
+        self.watched: str | None = None
         self._kept: dict[str, Any] = {}  # a checkpoint's values, until a trace tells how to compute
-
-    def _zeros(self) -> list[mx.array]:
-        return [mx.zeros((self.capacity,)) for _ in range(3)]
+        self.restart()
 
     def restart(self) -> None:
         """Forget what was counted."""
-        self.running = self._zeros()
-        self.batch = None
+        self.totals = np.zeros(self.capacity)
+        self.pending: list[mx.array] = []
+        self.tags: list[int] = []
+        self.num_folded = 0
+        self.first_bad: tuple[int, float] | None = None
+        self.batch: mx.array | None = None
         self.rows = Rows()
         self._kept = {}
+
+    @property
+    def num_added(self) -> int:
+        """Vectors so far."""
+        return self.num_folded + len(self.pending)
+
+    def fold(self, upto: int | None = None) -> np.ndarray:
+        """Add the first vectors, up to number ``upto``, to the totals, and return these.
+
+        Host synchronisation with the step that made the last of them.
+        """
+        count = (self.num_added if upto is None else upto) - self.num_folded
+        if count > 0:
+            vectors, tags = self.pending[:count], self.tags[:count]
+            del self.pending[:count], self.tags[:count]
+            self.num_folded += count
+            self.totals = total_of(self.totals, vectors)
+            if self.first_bad is None and self.watched is not None:
+                self._look(vectors, tags)
+        return self.totals
+
+    def _look(self, vectors: Sequence[mx.array], tags: Sequence[int]) -> None:
+        """Find the first vector with a bad loss; only where the totals say that there is one."""
+        assert self.watched is not None
+        entry = self.layout.slices.get(self.watched, {})
+        lanes = [start + i for start, shape in entry.values() for i in range(math.prod(shape))]
+        if not np.isfinite(self.totals[lanes]).all():
+            for vector, tag in zip(vectors, tags, strict=True):
+                found = np.array(vector, np.float64)
+                if not np.isfinite(found[lanes]).all():
+                    loss = self.layout.value(self.watched, found)
+                    self.first_bad = tag, math.nan if loss is None else loss
+                    return
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, for a checkpoint. Host synchronisation."""
@@ -253,14 +294,15 @@ class Sums:
             key: {name: [start, list(shape)] for name, (start, shape) in state.items()}
             for key, state in self.layout.slices.items()
         }
-        return {"running": [*self.running], "slices": slices, "rows": joined, "values": values}
+        totals = self.fold().tolist()
+        return {"totals": totals, "slices": slices, "rows": joined, "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from what :meth:`state_dict` gave."""
-        self.restart()
-        self.running = list(state["running"])
-        self.capacity = self.running[0].size
+        self.capacity = len(state["totals"])
         self.lanes = _lanes(self.capacity)
+        self.restart()
+        self.totals = np.array(state["totals"], np.float64)
         self.layout.expect(
             {
                 key: {name: (start, tuple(shape)) for name, (start, shape) in entry.items()}
@@ -275,7 +317,9 @@ class Sums:
         """Means over the pass so far."""
         if not self.layout.computes:
             return self._kept
-        return Values(self.layout, self.running[:2], self.rows, 0, self.rows.num_batches)
+        if not self.num_added and not self.totals.any():
+            return {}
+        return Values(self.layout, self.fold, self.rows, 0, self.rows.num_batches)
 
     def pack(self, entries: Entries, computes: Mapping[str, Compute]) -> mx.array:
         """The vector of a batch. Runs while tracing."""
@@ -306,63 +350,33 @@ class Sums:
             try:
                 return trace()
             except _CapacityError as error:
-                wider = -(-error.needed // 32) * 32
-                self.running = [mx.pad(part, (0, wider - self.capacity)) for part in self.running]
-                self.capacity, self.lanes = wider, _lanes(wider)
+                self._widen(error.needed)
             except _LayoutChanged as change:
                 self._move(change.before)
 
+    def _widen(self, needed: int) -> None:
+        self.fold()  # in the present layout
+        self.capacity = -(-needed // 32) * 32
+        self.lanes = _lanes(self.capacity)
+        self.totals = np.pad(self.totals, (0, self.capacity - self.totals.size))
+
     def _move(self, before: Slices) -> None:
         """Sums of a checkpoint go to their places in the present layout; others start at 0."""
-        places = {
-            (start, before[key][name][0], math.prod(shape))
-            for key, state in self.layout.slices.items()
-            for name, (start, shape) in state.items()
-            if before.get(key, {}).get(name, (0, None))[1] == shape
-        }
-        for index in (0, 1):
-            old = np.array(self.running[index])
-            new = np.zeros(
-                max([old.size, *(start + size for start, _, size in places)]), np.float32
-            )
-            for start, source, size in places:
-                new[start : start + size] = old[source : source + size]
-            self.running[index] = mx.array(new)
-        self.capacity = max(part.size for part in self.running)
-        self.running = [mx.pad(part, (0, self.capacity - part.size)) for part in self.running]
-        self.lanes = _lanes(self.capacity)
+        old, self.totals = self.totals, np.zeros(self.capacity)
+        for key, state in self.layout.slices.items():
+            for name, (start, shape) in state.items():
+                source, known = before.get(key, {}).get(name, (0, None))
+                size = math.prod(shape)
+                if start + size > self.totals.size:
+                    self._widen(start + size)
+                if known == shape:
+                    self.totals[start : start + size] = old[source : source + size]
 
 
 def _lanes(capacity: int) -> mx.array:
     lanes = mx.arange(capacity)
     mx.eval(lanes)  # a lazy array could be used by this thread only
     return lanes
-
-
-def add(running: list[mx.array], vector: mx.array) -> list[mx.array]:
-    """Add a batch's vector to the running sums without losing small contributions."""
-    total, lost, watch = running
-    new = total + vector
-    back = new - total
-    error = (total - (new - back)) + (vector - back)
-    error = lost + mx.where(mx.isfinite(new), error, 0.0)  # a non-finite sum has none
-    # Moved back into the sum as it grows, or it would itself be summed naively.
-    whole = new + error
-    return [whole, mx.where(mx.isfinite(whole), error - (whole - new), 0.0), watch]
-
-
-def watch_loss(
-    watch: mx.array, lanes: mx.array, is_bad: mx.array, loss: mx.array, ends_window: bool
-) -> mx.array:
-    """Note a bad loss without a branch or a look: where it happened, and what it was.
-
-    Lane 0 counts windows without a bad loss, and at the first bad one turns to minus its number
-    (1-based), where it stays. Lane 1 holds the bad loss.
-    """
-    count = mx.where(is_bad, -watch - 1, watch + 1 if ends_window else watch)
-    first = mx.where(watch < 0, watch, count)
-    value = mx.where(mx.logical_and(is_bad, watch == 0), loss, watch)
-    return mx.where(lanes == 0, first, mx.where(lanes == 1, value, watch))
 
 
 class Logs(MutableMapping[str, Any]):
@@ -373,24 +387,36 @@ class Logs(MutableMapping[str, Any]):
     """
 
     def __init__(self, sums: Sums) -> None:
-        self._layout = sums.layout
-        self._running, self._batch = sums.running, sums.batch
-        self._rows = sums.rows
+        self._sums = sums
+        self._layout, self._rows, self._batch = sums.layout, sums.rows, sums.batch
         self._num_batches = sums.rows.num_batches
+        # What is needed should somebody keep this object and look when the sums have gone on.
+        self._totals, self._vectors, self._count = sums.totals, sums.pending[:], sums.num_added
         self._own: dict[str, Any] = {}
         self._gone: set[str] = set()
 
-    @cached_property
-    def running(self) -> Values:
-        """Means over the pass so far."""
-        return Values(self._layout, self._running[:2], self._rows, 0, self._num_batches)
+    def _read(self) -> np.ndarray:
+        if self._sums.rows is self._rows and self._sums.num_added == self._count:
+            return self._sums.fold()
+        return total_of(self._totals, self._vectors)
 
     @cached_property
-    def batch(self) -> Values:
+    def running(self) -> Mapping[str, Any]:
+        """Means over the pass so far."""
+        return self._values(self._read, self._count, 0)
+
+    @cached_property
+    def batch(self) -> Mapping[str, Any]:
         """The last batch's own values."""
-        last = self._num_batches
-        batch = () if self._batch is None else (self._batch,)
-        return Values(self._layout, batch, self._rows, max(last - 1, 0), last)
+        batch = self._batch
+
+        def read() -> np.ndarray:
+            return np.array(batch, np.float64)
+
+        return self._values(read, batch is not None, max(self._num_batches - 1, 0))
+
+    def _values(self, read: Callable[[], np.ndarray], exists: Any, first: int) -> Mapping[str, Any]:
+        return Values(self._layout, read, self._rows, first, self._num_batches) if exists else {}
 
     def __getitem__(self, key: str) -> Any:
         if key in self._own:

@@ -21,18 +21,21 @@ class StepRecorder:
         self._history = history
         self._step = step
         self._first_step = first_step
-        self._before: Any = 0.0
+        self._before = np.zeros(0)
         self._last_window = 0
         self._next: dict[str, Any] | None = None
 
     def start_epoch(self) -> None:
         """The sums start from zero."""
-        self._before = 0.0
+        self._before = np.zeros(0)
 
     def state_dict(self, epoch: int) -> dict[str, Any]:
         """Up to where rows were written, and the row that would be next."""
-        before = np.asarray(self._before).tolist()
-        return {"before": before, "last_window": self._last_window, "next": self._row(epoch)}
+        return {
+            "before": self._before.tolist(),
+            "last_window": self._last_window,
+            "next": self._row(epoch),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
@@ -54,6 +57,8 @@ class StepRecorder:
             return None
         if not layout.computes:
             return self._next  # a resumed run that has not seen a batch cannot compute it
-        values = Values(layout, [settled.sums - self._before], self._step.sums.rows, 0, 0)
+        since = settled.sums.copy()
+        since[: self._before.size] -= self._before
+        values = Values(layout, lambda: since, self._step.sums.rows, 0, 0)
         row = {"step": self._first_step + settled.num_windows, "epoch": epoch}
         return row | {k: values[k] for k in layout.summed if isinstance(values.get(k), float)}

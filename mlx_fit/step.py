@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.logs import Sums, add, divide, nonzero_total, sum_in_float64, total, watch_loss
+from mlx_fit.logs import FOLD, Sums, divide, nonzero_total, total
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
@@ -32,23 +33,28 @@ from mlx_fit.rates import RateGuard, optimizers_of, settings
 from mlx_fit.trainable import check_no_new, check_trained, load_window
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
+SCALE_ENDED = "loss_scale_ended"  # not finite where the loss scale fell below 1
 
 
+def _unlogged(state: dict[str, np.ndarray]) -> None:
+    """How a key is computed that nobody is shown."""
+
+
+@dataclass(frozen=True)
 class Settled:
-    """What a finished step knew. Reading it copies from the device but waits for nothing.
+    """What a finished step knew.
 
     Attributes:
-        sums: the packed running sums of the epoch, float64.
+        sums: the packed sums of the epoch, float64.
         num_windows: windows closed by then, over the whole fit.
         bad_window: the first of them (1-based) with a non-finite loss, 0 if there was none.
         bad_loss: its loss.
     """
 
-    def __init__(self, running: list[mx.array], num_windows: int, first_window: int) -> None:
-        self.sums = sum_in_float64(running[:2])
-        self.num_windows = num_windows
-        count, self.bad_loss = np.array(running[2])[:2].tolist()
-        self.bad_window = first_window - int(count) if count < 0 else 0
+    sums: np.ndarray
+    num_windows: int
+    bad_window: int
+    bad_loss: float
 
 
 class TrainStep:
@@ -82,6 +88,10 @@ class TrainStep:
         self.objective = objective
         self.options = options
         self.sums = Sums()
+        if scaling:
+            self.sums.watched = SCALE_ENDED
+        elif options.nonfinite == "raise":
+            self.sums.watched = "loss"
         self.window_open = False
         self.num_windows = 0
         self.num_skipped = 0
@@ -97,8 +107,9 @@ class TrainStep:
         self._weight_on_host = True
         self._masks_weight = False  # set by a trace: whether a batch counts, the device must say
         self._host_batch: Any = None
-        self._in_flight: deque[tuple[list[mx.array], int]] = deque()
-        self._settled: tuple[list[mx.array], int] | None = None
+        # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
+        self._in_flight: deque[tuple[int, int]] = deque()
+        self._settled: tuple[int, int] | None = None
         self._first_window = 0  # windows before this epoch
         self._is_async = mx.default_device().type != mx.DeviceType.cpu
         self._shapes: dict[Any, str] = {}
@@ -168,10 +179,12 @@ class TrainStep:
             key = (signature(arrays), len(self._window), self.objective.variant)
             self.is_whole = False
             if key in self._batch.seen:
-                results = self._batch.function(key[2], arrays, self._window, sums.running)
+                results = self._batch.function(key[2], arrays, self._window)
             else:
                 results = self._first_call(key, batch, arrays)
-            self._window, sums.running, sums.batch, rows = results
+            self._window, sums.batch, rows = results
+            sums.pending.append(sums.batch)
+            sums.tags.append(self.num_windows + 1)
             if rows:
                 sums.rows.append(rows)
         else:
@@ -203,9 +216,7 @@ class TrainStep:
             if self._checks_promotion:
                 self._checks_promotion = False
                 self._warn_of_promotion(batch)
-            return self.sums.growing(
-                lambda: self._batch(key, key[2], batch, self._window, self.sums.running)
-            )
+            return self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
         except Exception as error:
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
             self.is_whole = True  # a trace that fails leaves everything as it was
@@ -216,7 +227,8 @@ class TrainStep:
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""
         if self._window:
-            self.sums.running = self._flush(0, self._window, self.sums.running)
+            self.sums.pending.append(self._flush(0, self._window))
+            self.sums.tags.append(self.num_windows + 1)
             self._window = []
         else:
             self._skip_window()
@@ -227,9 +239,6 @@ class TrainStep:
     def _skip_window(self) -> None:
         """Count a window whose weight the host knows to be 0; nothing was dispatched."""
         self.num_skipped += 1
-        added, lost, watch = self.sums.running
-        noted = watch_loss(watch, self.sums.lanes, mx.array(False), mx.array(0.0), ends_window=True)
-        self.sums.running = [added, lost, noted]
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
@@ -237,20 +246,22 @@ class TrainStep:
         if self._rates.is_needed:
             self._rates.note()
         self.learning_rate = self._rate_state.get("learning_rate")
-        live = self._state, self._window, sums.running, sums.batch, sums.rows.newest
+        live = self._state, self._window, sums.pending[-2:], sums.rows.newest
         if not self._is_async:
             try:
                 mx.eval(*live)  # host synchronisation, the one of a step
             except RuntimeError as error:
                 evaluate_again(error, *live)
-            self._settled = sums.running, self.num_windows
-            self.is_whole = True
-            return
-        mx.async_eval(*live)
-        self._in_flight.append((sums.running, self.num_windows))
-        if len(self._in_flight) > MAX_IN_FLIGHT:
-            self._settled = self._in_flight.popleft()
-            mx.eval(self._settled[0])  # host synchronisation with the step before the last
+            self._settled = sums.num_added, self.num_windows
+        else:
+            mx.async_eval(*live)
+            self._in_flight.append((sums.num_added, self.num_windows))
+            if len(self._in_flight) > MAX_IN_FLIGHT:
+                self._settled = self._in_flight.popleft()
+                # Host synchronisation with the step before the last.
+                mx.eval(sums.pending[: self._settled[0] - sums.num_folded])
+        if len(sums.pending) > FOLD and self._settled is not None:
+            sums.fold(self._settled[0])
         self.is_whole = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,18 +304,25 @@ class TrainStep:
             zero = mx.array(0.0)
             self._window = [snapshot(self.model.trainable_parameters()), zero, zero]
             load_window(self._window, window)
-        self._settled = self.sums.running, self.num_windows
+        self._settled = self.sums.num_added, self.num_windows
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""
         self._in_flight.clear()
-        self._settled = self.sums.running, self.num_windows
-        mx.eval(self.sums.running)  # host synchronisation, once an epoch
+        self._settled = self.sums.num_added, self.num_windows
+        self.sums.fold()  # host synchronisation, once an epoch
 
     @property
     def settled(self) -> Settled | None:
-        """The newest step of this epoch that the device has finished, None before the first."""
-        return None if self._settled is None else Settled(*self._settled, self._first_window)
+        """The newest step of this epoch that the device has finished, None before the first.
+
+        Copies from the device, but waits for nothing.
+        """
+        if self._settled is None:
+            return None
+        num_added, num_windows = self._settled
+        totals = self.sums.fold(num_added)
+        return Settled(totals, num_windows, *(self.sums.first_bad or (0, math.nan)))
 
     def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
         """The error for a step with a non-finite loss, or with a loss scale that ran out."""
@@ -313,9 +331,7 @@ class TrainStep:
 
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
-    def _update_from(
-        self, variant: bool, batch: Any, window: list[Any], running: list[mx.array]
-    ) -> Any:
+    def _update_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
         """Gradients and update in one function: a window of one batch.
 
         ``variant`` is here for MLX, which compiles anew for each value of a Python argument.
@@ -326,14 +342,9 @@ class TrainStep:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
         entries = self._update(gradients, conditions, overflowed)
-        vector = self._pack(terms, entries)
-        is_bad = self._is_bad(terms.mean, overflowed)
-        running = self._watched(add(running, vector), is_bad, terms.mean, ends_window=True)
-        return window, running, vector, terms.rows
+        return window, self._pack(terms, entries), terms.rows
 
-    def _accumulate_from(
-        self, variant: bool, batch: Any, window: list[Any], running: list[mx.array]
-    ) -> Any:
+    def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
         terms, gradients, is_good = self._gradients(batch)
         weight = mx.array(terms.weight, mx.float32)
@@ -347,11 +358,9 @@ class TrainStep:
             weighted = tree_map(mx.add, window[0], weighted)
             weight, num_bad = window[1] + weight, window[2] + num_bad
         vector = self._pack(terms, self._no_update())
-        is_bad = self._is_bad(terms.mean, None)
-        running = self._watched(add(running, vector), is_bad, terms.mean, ends_window=False)
-        return [weighted, weight, num_bad], running, vector, terms.rows
+        return [weighted, weight, num_bad], vector, terms.rows
 
-    def _update_from_window(self, window: list[Any], running: list[mx.array]) -> Any:
+    def _update_from_window(self, window: list[Any]) -> mx.array:
         """The update of an accumulated window: one division by its whole weight."""
         gradients, weight, num_bad = window
         conditions, overflowed = [], None
@@ -363,9 +372,7 @@ class TrainStep:
             conditions.append(mx.logical_not(overflowed))
         gradients = tree_map(lambda g: g / weight, gradients)
         entries = self._update(gradients, conditions, overflowed)
-        running = add(running, self.sums.place(entries)) if entries else running
-        loss = mx.array(math.nan)
-        return self._watched(running, self._is_bad(None, overflowed), loss, ends_window=True)
+        return self.sums.place(entries) if entries else mx.zeros_like(self.sums.lanes)
 
     def _gradients(self, batch: Any) -> tuple[Terms, Any, mx.array | None]:
         """Terms, gradients of the mean loss, and whether both are finite (None: not asked)."""
@@ -427,6 +434,9 @@ class TrainStep:
             entries["grad_norm"] = {"sum": mx.where(done > 0, norm, 0.0), "weight": done}
         if self._scaling and overflowed is not None:
             self._scaling.update(next_scale(self._scaling, overflowed))
+            # An overflow is no error, until the scale has nowhere left to go.
+            has_ended = overflowed & (self._scaling["scale"] < 1)
+            entries[SCALE_ENDED] = {"sum": mx.where(has_ended, math.nan, 0.0)}
         return entries
 
     def _no_update(self) -> dict[str, dict[str, mx.array]]:
@@ -437,6 +447,8 @@ class TrainStep:
             entries["grad_norm"] = {"sum": zero, "weight": zero}
         if self.options.masks_bad_batches or self._masks_weight:
             entries["skipped_updates"] = {"sum": zero}
+        if self._scaling:
+            entries[SCALE_ENDED] = {"sum": zero}
         return entries
 
     def _pack(self, terms: Terms, entries: dict[str, dict[str, mx.array]]) -> mx.array:
@@ -445,6 +457,8 @@ class TrainStep:
             computes["grad_norm"] = divide
         if "skipped_updates" in entries:
             computes["skipped_updates"] = total if self.options.masks_bad_batches else nonzero_total
+        if SCALE_ENDED in entries:
+            computes[SCALE_ENDED] = _unlogged
         states = terms.states
         if self.options.masks_bad_batches:
             # Gradients alone may overflow: then the loss still counts.
@@ -452,22 +466,6 @@ class TrainStep:
             keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
             states, terms.rows = keep(states), keep(terms.rows)
         return self.sums.pack(states | entries, computes)
-
-    def _is_bad(self, mean: mx.array | None, overflowed: mx.array | None) -> mx.array:
-        """Whether this is what ``nonfinite="raise"`` raises for."""
-        if self._scaling:
-            # An overflow is no error, until the scale has nowhere left to go.
-            never = mx.array(False)
-            return never if overflowed is None else overflowed & (self._scaling["scale"] < 1)
-        if self.options.nonfinite != "raise" or mean is None:
-            return mx.array(False)
-        return mx.logical_not(mx.isfinite(mean))
-
-    def _watched(
-        self, running: list[mx.array], is_bad: mx.array, loss: mx.array, ends_window: bool
-    ) -> list[mx.array]:
-        added, lost, watch = running
-        return [added, lost, watch_loss(watch, self.sums.lanes, is_bad, loss, ends_window)]
 
     def _warn_of_promotion(self, batch: Any) -> None:
         precision = self.options.precision

@@ -271,7 +271,7 @@ def _without_position(state):
 
 
 def _without_sums(state):
-    state.sums["running"] = [mx.zeros_like(part) for part in state.sums["running"]]
+    state.sums["totals"] = [0.0] * len(state.sums["totals"])
 
 
 def _without_callbacks(state):
@@ -283,7 +283,7 @@ def _without_buffers(state):
 
 
 def _without_rows(state):
-    state.position["recorder"]["before"] = 0.0
+    state.position["recorder"]["before"] = []
     state.position["recorder"]["last_window"] = 0
 
 
