@@ -199,7 +199,7 @@ def test_keep_never_removes_a_name_that_was_written_again(tmp_path):
 def test_an_old_file_that_cannot_be_removed_ends_nothing(tmp_path):
     (tmp_path / "1.safetensors").mkdir()
     checkpoint = ModelCheckpoint(tmp_path / "{epoch}.safetensors", keep=1)
-    state = {"best": None, "written": [str(tmp_path / "1.safetensors")]}
+    state = checkpoint.state_dict() | {"written": [str(tmp_path / "1.safetensors")]}
     resume = Do("on_train_begin", lambda _: checkpoint.load_state_dict(state))
     with pytest.warns(UserWarning, match="could not be removed"):
         fit(checkpoint, epochs=3, before=[resume], initial_epoch=1)
