@@ -45,11 +45,15 @@ def assign(tree: Any, named: Iterable[tuple[str, Any]]) -> None:
     ``mlx.utils.tree_unflatten`` takes a dict with keys like ``"0"`` for a list; this does not.
     """
     for name, value in named:
-        *path, last = name.split(".")
-        container = tree
-        for part in path:
-            container = container[part if isinstance(container, dict) else int(part)]
-        _set(container, last if isinstance(container, dict) else int(last), value)
+        _set(*place(tree, name), value)
+
+
+def place(tree: Any, name: str) -> tuple[Any, Any]:
+    """The container and the key of the leaf with a dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        tree = tree[part if isinstance(tree, dict) else int(part)]
+    return tree, last if isinstance(tree, dict) else int(last)
 
 
 def restore(tree: Any, saved: Any) -> None:

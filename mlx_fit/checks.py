@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 from mlx_fit.errors import ConfigurationError
@@ -21,6 +23,20 @@ def natural(name: str, value: Any, least: int = 0) -> int:
     if number < least:
         raise ConfigurationError(f"{name}={value!r}; expected an integer of at least {least}.")
     return number
+
+
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """``value`` as a finite float between ``least`` and ``most``.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not least <= value <= most:
+        limits = f" of at least {least:g}" if least > -math.inf else ""
+        limits += f"{' and' if limits else ' of'} at most {most:g}" if most < math.inf else ""
+        raise ConfigurationError(f"{name}={value!r}; expected a number{limits}.")
+    return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:

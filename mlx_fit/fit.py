@@ -92,6 +92,7 @@ class Fit:
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
         callbacks.call("on_train_begin", {})
+        self._step.logs_layer_norms = callbacks.wants_layer_norms
         self._plan_next_event()
         epochs, logs = self._epochs_to_run(), self._history.last
         for epoch in epochs:
@@ -439,5 +440,5 @@ BEGIN, BATCHES, EPOCH_END, DONE = "begin", "batches", "epoch_end", "done"
 MAX_STEPS = "max_steps"
 # Who decides anew, when a run goes on, whether to stop.
 ASK_AGAIN = (MAX_STEPS, "EarlyStopping", "Timer")
-UPDATE_KEYS = ("grad_norm", "skipped_updates")
+UPDATE_KEYS = ("grad_norm", "layer_grad_norms", "skipped_updates")
 LAST_KEYS = ("learning_rate", *UPDATE_KEYS)  # of an epoch's values these come last

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit._tree import named_arrays
@@ -15,6 +18,41 @@ def global_norm(gradients: Any) -> mx.array:
     """The L2 norm over all gradients, a float32 scalar."""
     squares = [long_sum(g.astype(mx.float32).square()) for _, g in named_arrays(gradients)]
     return mx.sqrt(sum(squares[1:], squares[0])) if squares else mx.array(0.0)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The modules that own parameters, trainable or not, by name; the root's own by theirs."""
+    owners = (_owner(name) for name, _ in named_arrays(model.parameters()))
+    return list(dict.fromkeys(owners))
+
+
+def layer_norms(model: nn.Module, gradients: Any) -> mx.array:
+    """The L2 norm of each layer's gradient, float32, in the order of :func:`layer_names`."""
+    squares: dict[str, mx.array] = dict.fromkeys(layer_names(model), mx.array(0.0))
+    for name, gradient in named_arrays(gradients):
+        square = long_sum(gradient.astype(mx.float32).square())
+        squares[_owner(name)] = squares[_owner(name)] + square
+    return mx.sqrt(mx.stack(list(squares.values())))
+
+
+def named_norms(model: nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, float] | None]:
+    """The function that turns summed :func:`layer_norms` into means, by name of what is trained."""
+    trained = {_owner(name) for name, _ in named_arrays(model.trainable_parameters())}
+    names = layer_names(model)
+
+    def compute(state: dict[str, np.ndarray]) -> dict[str, float] | None:
+        weight = float(state["weight"])
+        if not weight:
+            return None
+        means = (state["sum"] / weight).tolist()
+        return {k: mean for k, mean in zip(names, means, strict=True) if k in trained}
+
+    return compute
+
+
+def _owner(name: str) -> str:
+    """The module of a parameter: its name without the last part, or where there is none, itself."""
+    return name.rpartition(".")[0] or name
 
 
 def clip_by_norm(gradients: Any, norm: mx.array, max_norm: float) -> Any:

@@ -391,7 +391,8 @@ class Logs(MutableMapping[str, Any]):
         self._layout, self._rows, self._batch = sums.layout, sums.rows, sums.batch
         self._num_batches = sums.rows.num_batches
         # What is needed should somebody keep this object and look when the sums have gone on.
-        self._totals, self._vectors, self._count = sums.totals, sums.pending[:], sums.num_added
+        self._totals, self._vectors = sums.totals, sums.pending[:]
+        self._count = sums.num_folded + len(sums.pending)
         self._own: dict[str, Any] = {}
         self._gone: set[str] = set()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
 
@@ -44,9 +46,24 @@ class RunInfo:
         return bool(self.validation_sets)
 
 
-class Run(Protocol):
-    """The run that a callback watches."""
+class Averages(Protocol):
+    """Averages of the weights, which stand in for them in evaluation and in weight files."""
 
+    def averages(self) -> dict[str, mx.array]:
+        """The averaged parameters by name, in their own dtype; empty while there are none."""
+
+    def standing_in(self) -> AbstractContextManager[None]:
+        """The averages in the model inside, the raw weights again outside."""
+
+
+class Run(Protocol):
+    """The run that a callback watches.
+
+    Attributes:
+        averages: the callback that averages the weights of this fit, or None.
+    """
+
+    averages: Averages | None
     model: nn.Module
     optimizer: Any
     epoch: int
@@ -86,5 +103,8 @@ class Run(Protocol):
     def save(self, path: str | Path) -> None:
         """Write everything that the run goes on from to a checkpoint folder."""
 
+    def predict_on_batch(self, x: Any) -> Any:
+        """The model's outputs for one batch, as NumPy arrays."""
+
     def save_weights(self, path: str | Path) -> None:
-        """Write the model's weights to a ``.safetensors`` file."""
+        """Write the weights, or their averages, to a ``.safetensors`` file."""

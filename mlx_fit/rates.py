@@ -88,6 +88,44 @@ class OptimizerSetup:
         self.rates = [] if optimizer is None else rates_of(optimizer)
 
 
+def assignable(optimizer: Any, owner: str) -> list[dict[str, Any]]:
+    """The optimizer states whose ``learning_rate`` a callback may set, one per optimizer part.
+
+    Args:
+        optimizer: an MLX optimizer, or a ``MultiOptimizer``.
+        owner: the callback's name, for the message.
+
+    Raises:
+        ConfigurationError: a schedule sets the rate, or there is none.
+    """
+    parts = optimizers_of(optimizer)
+    if any("learning_rate" in part._schedulers for part in parts):
+        raise ConfigurationError(
+            f"{owner} sets the learning rate, but the optimizer has a schedule, which would "
+            f"overwrite it at the next update. Make the optimizer with learning_rate=<a number>, "
+            f"or leave {owner} out."
+        )
+    states = [part.state for part in parts if "learning_rate" in part.state]
+    if not states:
+        raise ConfigurationError(
+            f"{owner} sets the learning rate, but {type(optimizer).__name__} has none. Make it "
+            f"with learning_rate=<a number>, or leave {owner} out."
+        )
+    return states
+
+
+def rate_of(state: dict[str, Any]) -> float:
+    """The learning rate of an optimizer state. Reads the device."""
+    return float(np.array(state["learning_rate"]))
+
+
+def set_rate(state: dict[str, Any], rate: float) -> None:
+    """Set the learning rate that the next update takes; no step is traced anew for it."""
+    known = state["learning_rate"].dtype
+    dtype = known if mx.issubdtype(known, mx.floating) else mx.float32
+    state["learning_rate"] = mx.array(rate, dtype)
+
+
 class RateGuard:
     """Notices a learning rate that was assigned under a schedule, which would overwrite it.
 

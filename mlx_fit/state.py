@@ -18,6 +18,7 @@ from mlx_fit.errors import (
     CheckpointWriteError,
     NonFiniteLossError,
 )
+from mlx_fit.protocols import Run
 
 
 @dataclass
@@ -55,27 +56,32 @@ def without_arrays(state: TrainState) -> TrainState:
     return replace(state, trainer={}, window={}, sums=None)
 
 
-def save_weights(path: Path, model: nn.Module, optimizer: Any, step: int, epoch: int) -> None:
-    """Write all parameters to a ``.safetensors`` file, atomically.
+def judged_weights(run: Run) -> dict[str, mx.array]:
+    """What is evaluated and saved, by name: the weights, or a callback's averages of them."""
+    averages = {} if run.averages is None else run.averages.averages()
+    return dict(named_arrays(run.model.parameters())) | averages
+
+
+def save_weights(path: Path, run: Run) -> None:
+    """Write all parameters, or a callback's averages, to a ``.safetensors`` file, atomically.
 
     Args:
         path: the file.
-        model, optimizer: looked at for NaN and infinity.
-        step, epoch: of the run, for the message.
+        run: whose weights; they and the optimizer's state are looked at for NaN and infinity.
 
     Raises:
         NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
         CheckpointWriteError: writing failed; an earlier file is untouched.
     """
-    if bad := non_finite_names(model, optimizer):
+    if bad := non_finite_names(run.model, run.optimizer):
         raise NonFiniteLossError(
             f"Not saved to {path}: these arrays hold NaN or infinity: {', '.join(bad[:5])}"
             f"{', ...' if len(bad) > 5 else ''}. Go on from a file saved before.",
-            step=step,
-            epoch=epoch,
+            step=run.step,
+            epoch=run.epoch,
             value=float("nan"),
         )
-    write_arrays(path, dict(named_arrays(model.parameters())))
+    write_arrays(path, judged_weights(run))
 
 
 def non_finite_names(model: nn.Module, optimizer: Any) -> list[str]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_fit.checkpoint.loading import check_state, put_state
 from mlx_fit.checkpoint.store import write_folder
 from mlx_fit.fit import Fit
 from mlx_fit.history import History
+from mlx_fit.protocols import Averages, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
 from mlx_fit.state import (
@@ -45,6 +46,7 @@ class Stateful(ABC):
         model, optimizer: what is trained, and by what.
         epoch: the newest epoch, 0-based.
         history: of the newest fit, None before the first.
+        averages: the callback that averages the weights of this fit, or None.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, seed: int | None) -> None:
@@ -52,6 +54,7 @@ class Stateful(ABC):
         self.optimizer: Any = optimizer
         self.epoch = 0
         self.history: History | None = None
+        self.averages: Averages | None = None
         self._seed = seed
         self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         self._is_seeded = False
@@ -111,12 +114,14 @@ class Stateful(ABC):
     def save_weights(self, path: str | Path) -> None:
         """Write all parameters to a ``.safetensors`` file, atomically.
 
+        While ``fit`` runs with :class:`~mlx_fit.EMA` or :class:`~mlx_fit.SWA`, their averages.
+
         Raises:
             ConfigurationError: the path has another suffix.
             NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
             CheckpointWriteError: writing failed; an earlier file is untouched.
         """
-        save_weights(weights_path(path), self.model, self.optimizer, self.step, self.epoch)
+        save_weights(weights_path(path), cast("Run", self))
 
     def load_weights(self, path: str | Path, strict: bool = True) -> None:
         """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.

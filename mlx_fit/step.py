@@ -72,6 +72,8 @@ class TrainStep:
         learning_rate: the rate of the newest update, before anybody changes it; on the device.
         is_whole: False while a batch is under way, and for good if computing it failed: weights
             and optimizer may then be half updated.
+        logs_layer_norms: whether the norms of each layer's gradient are logged. Set it before the
+            first batch.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class TrainStep:
         self.num_windows = 0
         self.num_skipped = 0
         self.learning_rate: mx.array | None = None
+        self.logs_layer_norms = False
         self.num_batches = 0
         self.is_whole = True
         self._last_batch: int | None = None
@@ -252,7 +255,7 @@ class TrainStep:
                 mx.eval(*live)  # host synchronisation, the one of a step
             except RuntimeError as error:
                 evaluate_again(error, *live)
-            self._settled = sums.num_added, self.num_windows
+            self._settled = sums.num_folded + len(sums.pending), self.num_windows
         else:
             mx.async_eval(*live)
             self._in_flight.append((sums.num_added, self.num_windows))
@@ -411,6 +414,9 @@ class TrainStep:
         options, model = self.options, self.model
         entries = self._no_update()
         norm: mx.array | None = None
+        layer_norms = grad.layer_norms(model, gradients) if self.logs_layer_norms else None
+        if layer_norms is not None:
+            norm = mx.sqrt(layer_norms.square().sum())
         if options.clip_norm is not None:
             norm = grad.global_norm(gradients)
             gradients = grad.clip_by_norm(gradients, norm, options.clip_norm)
@@ -432,6 +438,9 @@ class TrainStep:
         if norm is not None:
             done = mx.array(1.0) if applies is None else applies.astype(mx.float32)
             entries["grad_norm"] = {"sum": mx.where(done > 0, norm, 0.0), "weight": done}
+            if layer_norms is not None:
+                sums = mx.where(done > 0, layer_norms, 0.0)
+                entries["layer_grad_norms"] = {"sum": sums, "weight": done}
         if self._scaling and overflowed is not None:
             self._scaling.update(next_scale(self._scaling, overflowed))
             # An overflow is no error, until the scale has nowhere left to go.
@@ -443,8 +452,11 @@ class TrainStep:
         """Entries of the packed vector that only an update fills."""
         zero = mx.array(0.0)
         entries: dict[str, dict[str, mx.array]] = {}
-        if self.options.clip_norm is not None:
+        if self.options.clip_norm is not None or self.logs_layer_norms:
             entries["grad_norm"] = {"sum": zero, "weight": zero}
+        if self.logs_layer_norms:
+            zeros = mx.zeros((len(grad.layer_names(self.model)),))
+            entries["layer_grad_norms"] = {"sum": zeros, "weight": zero}
         if self.options.masks_bad_batches or self._masks_weight:
             entries["skipped_updates"] = {"sum": zero}
         if self._scaling:
@@ -455,6 +467,8 @@ class TrainStep:
         computes = dict(terms.computes)
         if "grad_norm" in entries:
             computes["grad_norm"] = divide
+        if "layer_grad_norms" in entries:
+            computes["layer_grad_norms"] = grad.named_norms(self.model)
         if "skipped_updates" in entries:
             computes["skipped_updates"] = total if self.options.masks_bad_batches else nonzero_total
         if SCALE_ENDED in entries:

@@ -2,18 +2,45 @@
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.csv_logger import CSVLogger
+from mlx_fit.callbacks.device_monitor import DeviceMonitor
 from mlx_fit.callbacks.early_stopping import EarlyStopping
+from mlx_fit.callbacks.ema import EMA
+from mlx_fit.callbacks.freeze_until import FreezeUntil
+from mlx_fit.callbacks.gradient_monitor import GradientMonitor
+from mlx_fit.callbacks.json_logger import JSONLogger
 from mlx_fit.callbacks.lambda_callback import LambdaCallback
+from mlx_fit.callbacks.learning_rate_finder import LearningRateFinder, find_learning_rate
+from mlx_fit.callbacks.learning_rate_scheduler import LearningRateScheduler
 from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
+from mlx_fit.callbacks.predictions import Predictions
+from mlx_fit.callbacks.profiler import Profiler
+from mlx_fit.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
+from mlx_fit.callbacks.remote_logger import RemoteLogger
+from mlx_fit.callbacks.swa import SWA
 from mlx_fit.callbacks.tensorboard import TensorBoard
 from mlx_fit.callbacks.terminate_on_nan import TerminateOnNaN
+from mlx_fit.callbacks.timer import Timer
 
 __all__ = [
+    "EMA",
+    "SWA",
     "CSVLogger",
     "Callback",
+    "DeviceMonitor",
     "EarlyStopping",
+    "FreezeUntil",
+    "GradientMonitor",
+    "JSONLogger",
     "LambdaCallback",
+    "LearningRateFinder",
+    "LearningRateScheduler",
     "ModelCheckpoint",
+    "Predictions",
+    "Profiler",
+    "ReduceLROnPlateau",
+    "RemoteLogger",
     "TensorBoard",
     "TerminateOnNaN",
+    "Timer",
+    "find_learning_rate",
 ]

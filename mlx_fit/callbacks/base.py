@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -29,6 +30,7 @@ class Callback:
             what it saves holds their state.
         due_at: None: told of the end of every training batch. A callback that only displays sets
             it to the ``time.perf_counter()`` from which on it wants to be told of the next.
+        wants_layer_norms: whether the step is to log ``layer_grad_norms``.
 
     Example:
         >>> class Announce(Callback):
@@ -40,6 +42,7 @@ class Callback:
     params: dict[str, Any]
     due_at: float | None = None
     runs_last: bool = False
+    wants_layer_norms: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -105,6 +108,22 @@ class Callback:
         """Take back what :meth:`state_dict` gave."""
 
 
+class HookWatcher(Callback, ABC):
+    """Is told of the hooks of all callbacks of a run, whose calls it may wrap."""
+
+    @abstractmethod
+    def watched(
+        self, owner: Callback, hook: str, method: Callable[..., None]
+    ) -> Callable[..., None]:
+        """What is called instead of a callback's hook.
+
+        Args:
+            owner: the callback.
+            hook: its hook, such as ``"on_epoch_end"``.
+            method: what was to be called.
+        """
+
+
 HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
 
 
@@ -127,8 +146,15 @@ class CallbackList:
         self._last: dict[str, list[Callable[..., None]]] = {}
         for hook in HOOKS:
             own = [callback for callback in self.callbacks if _overrides(callback, hook)]
-            self._bound[hook] = [getattr(callback, hook) for callback in own]
-            self._last[hook] = [getattr(c, hook) for c in own if c.runs_last]
+            self._bound[hook] = [self._method(callback, hook) for callback in own]
+            self._last[hook] = [self._method(c, hook) for c in own if c.runs_last]
+
+    def _method(self, callback: Callback, hook: str) -> Callable[..., None]:
+        method = getattr(callback, hook)
+        for watcher in self.callbacks if hook != "on_exception" else []:
+            if isinstance(watcher, HookWatcher):
+                method = watcher.watched(callback, hook, method)
+        return method
 
     def bound(self, hook: str) -> list[Callable[..., None]]:
         """The methods to call for a hook: only those that somebody wrote."""
@@ -139,8 +165,14 @@ class CallbackList:
     ) -> tuple[list[Callable[..., None]], list[tuple[Callback, Callable[..., None]]]]:
         """Who is told of the end of every training batch, and who only when it is due."""
         hooks = [c for c in self.callbacks if _overrides(c, "on_train_batch_end")]
-        always = [c.on_train_batch_end for c in hooks if c.due_at is None]
-        return always, [(c, c.on_train_batch_end) for c in hooks if c.due_at is not None]
+        methods = [(c, self._method(c, "on_train_batch_end")) for c in hooks]
+        always = [method for callback, method in methods if callback.due_at is None]
+        return always, [(c, method) for c, method in methods if c.due_at is not None]
+
+    @property
+    def wants_layer_norms(self) -> bool:
+        """Whether a callback wants the norms of each layer's gradient."""
+        return any(callback.wants_layer_norms for callback in self.callbacks)
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback that has it."""

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fit.callbacks.base import Callback, numbers
+from mlx_fit.callbacks.device_monitor import DEVICE_KEYS
 from mlx_fit.errors import ConfigurationError
 
-NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates")
+NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates", *DEVICE_KEYS)
 
 
 class CSVLogger(Callback):
     """Writes epoch (0-based), training and validation values to a CSV file as epochs end.
 
     Validation columns exist from the first row on if there is validation data, and are empty for
-    epochs without validation.
+    epochs without validation. A run that is resumed from a checkpoint has every epoch once, with or
+    without ``append``: the rows up to the checkpoint are in it.
 
     Args:
         filename: the file; missing parent folders are made.
@@ -55,6 +57,16 @@ class CSVLogger(Callback):
         else:
             with self.path.open("a", newline="") as file:
                 self._writer(file).writerow(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"columns": list(self._columns), "rows": [dict(row) for row in self._rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Write the file as it was; what came after the checkpoint is gone."""
+        self._columns = list(state["columns"])
+        self._rows = [dict(row) for row in state["rows"]]
+        self._rewrite()
 
     def _take_over(self, first_epoch: int) -> None:
         """Read the rows that stay: a run that goes on writes its epochs anew, none stands twice."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_fit._tree import assign, named_arrays
+from mlx_fit._tree import assign
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.state import judged_weights
 
 
 class EarlyStopping(Callback):
@@ -22,7 +23,8 @@ class EarlyStopping(Callback):
             are borne; 0 stops at the first. Never stops at the first judgement.
         mode: ``"min"``, ``"max"``, or ``"auto"``, the metric's own direction.
         baseline: the wait only starts over for values that beat this one as well.
-        restore_best_weights: at any normal end of the fit put the best epoch's weights back.
+        restore_best_weights: at any normal end of the fit put the best epoch's weights back. With
+            :class:`EMA` or :class:`SWA` these are the averages, which were what was judged.
         start_from_epoch: epochs (0-based) before this one are not judged.
         verbose: 1 prints why and when it stopped.
 
@@ -98,9 +100,7 @@ class EarlyStopping(Callback):
             self.best, self.best_epoch = value, epoch
             if self._restores:
                 # References to copies: what a later update or the user does leaves them alone.
-                self._best_weights = {
-                    k: mx.array(v) for k, v in named_arrays(self.model.parameters())
-                }
+                self._best_weights = {k: mx.array(v) for k, v in judged_weights(run).items()}
                 mx.eval(self._best_weights)  # lazy copies would belong to this thread
             if self.baseline is None or self._monitor.improves(run, value, self.baseline):
                 self.wait = 0

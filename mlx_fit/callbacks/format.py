@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_fit.callbacks.base import numbers
+from mlx_fit.callbacks.device_monitor import DEVICE_KEYS
 
 
 def format_value(value: float) -> str:
@@ -14,8 +15,12 @@ def format_value(value: float) -> str:
 
 
 def values_of(logs: Mapping[str, Any]) -> list[str]:
-    """``["loss: 0.5000", "accuracy: 0.9000"]``; matrices are left out."""
-    return [f"{key}: {format_value(value)}" for key, value in numbers(logs).items()]
+    """``["loss: 0.5000", "accuracy: 0.9000"]``; matrices and facts of the machine are left out."""
+    return [
+        f"{key}: {format_value(value)}"
+        for key, value in numbers(logs).items()
+        if key not in DEVICE_KEYS
+    ]
 
 
 def format_values(logs: Mapping[str, Any]) -> str:
