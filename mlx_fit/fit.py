@@ -230,10 +230,11 @@ class Fit:
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
             if not self._interruption.name:
+                self._keep_state()  # averages may stand in for the weights while it evaluates
                 self._validate()
             if self._interruption.name:
                 return  # the evaluation stays due, for the run that goes on
-            validated = self._validated
+            validated, self._whole_state = self._validated, None
         else:
             validated = None
         if schedule.max_steps is not None and done >= schedule.max_steps:
