@@ -20,6 +20,7 @@ from mlx_fit.errors import (
 )
 
 SUFFIX = ".safetensors"
+COUNTS = ("epoch", "batch", "step")
 
 
 class ModelCheckpoint(Callback):
@@ -120,7 +121,8 @@ class ModelCheckpoint(Callback):
             return
         value = self._monitor.after_validation(run, logs) if self._best_only else None
         if value is not None or not self._best_only:
-            self._consider(value, {"epoch": run.epoch + 1, "step": run.step}, logs)
+            facts = {"epoch": run.epoch + 1, "batch": self._batch, "step": run.step}
+            self._consider(value, facts, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Save after an epoch, or after a step that the end of the epoch closed."""
@@ -131,7 +133,8 @@ class ModelCheckpoint(Callback):
             return
         value = self._monitor.at_epoch_end(self.trainer, logs) if self._best_only else None
         if value is not None or not self._best_only:
-            self._consider(value, {"epoch": epoch + 1, "step": self.trainer.step}, logs)
+            facts = {"epoch": epoch + 1, "batch": self._batch, "step": self.trainer.step}
+            self._consider(value, facts, logs)
 
     def _consider(
         self, value: float | None, facts: dict[str, Any], logs: Mapping[str, Any]
@@ -222,6 +225,13 @@ def _check_path(filepath: str, save_weights_only: bool | None) -> None:
             f"ModelCheckpoint({filepath!r}): a field has no name; write {{epoch}}, {{step}} or a "
             "key of the logs."
         )
+    try:  # with numbers of the kinds that will come
+        filepath.format_map({name: 1 if name in COUNTS else 0.5 for name in fields if name})
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ConfigurationError(
+            f"ModelCheckpoint({filepath!r}): {error}. {{epoch}}, {{batch}} and {{step}} are whole "
+            "numbers, values of the logs are floats: {epoch:02d}, {val_loss:.3f}."
+        ) from error
     if save_weights_only is not None and save_weights_only != (suffix == SUFFIX):
         raise ConfigurationError(
             f"ModelCheckpoint({filepath!r}, save_weights_only={save_weights_only}): a .safetensors "

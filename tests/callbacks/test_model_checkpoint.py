@@ -280,3 +280,15 @@ def test_its_state_goes_through_json(tmp_path):
 def test_a_wrong_argument_is_named_at_construction(options, says):
     with pytest.raises(ConfigurationError, match=says):
         ModelCheckpoint(**({"filepath": "w.safetensors"} | options))
+
+
+@pytest.mark.parametrize("path", ["{epoch:zz}", "{val_loss:d}", "{epoch.real.x}", "{batch[0]}"])
+def test_a_format_that_cannot_work_is_told_at_once(path):
+    with pytest.raises(ConfigurationError, match="whole numbers"):
+        ModelCheckpoint(f"{path}.safetensors")
+
+
+def test_the_batch_of_an_epochs_end_is_its_last(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "{epoch}-{batch}.safetensors")
+    trainer_of().fit(rows_of_ones(10), epochs=2, verbose=0, callbacks=checkpoint)
+    assert names(tmp_path) == ["1-3.safetensors", "2-3.safetensors"]
