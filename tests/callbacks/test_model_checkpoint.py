@@ -7,7 +7,7 @@ import os
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from toys import Do, batch_of, ramp, scripted, trainer_of, weight_of
+from toys import Do, batch_of, ramp, rows_of_ones, scripted, trainer_of, weight_of
 
 from mlx_fit import (
     CheckpointWriteError,
