@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/text.py
+	$(BIN)/python benchmarks/chunked_loss.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 400 --kills 300

@@ -14,7 +14,7 @@ from mlx_fit.runtime import blas as _blas
 
 _blas.preload()
 
-from mlx_fit import callbacks, data, datasets, errors, losses, metrics, schedules, text
+from mlx_fit import callbacks, data, datasets, errors, finetune, losses, metrics, schedules, text
 from mlx_fit._version import __version__
 from mlx_fit.callbacks import (
     EMA,
@@ -39,6 +39,7 @@ from mlx_fit.callbacks import (
     Timer,
     find_learning_rate,
 )
+from mlx_fit.causal_lm import CausalLM
 from mlx_fit.checkpoint import CheckpointPolicy
 from mlx_fit.data import DataLoader
 from mlx_fit.errors import (
@@ -74,6 +75,7 @@ __all__ = [
     "SWA",
     "CSVLogger",
     "Callback",
+    "CausalLM",
     "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointMismatchError",
@@ -125,6 +127,7 @@ __all__ = [
     "datasets",
     "errors",
     "find_learning_rate",
+    "finetune",
     "losses",
     "metrics",
     "schedules",

@@ -81,7 +81,7 @@ def apply_packed(model: nn.Module, tokens: mx.array, segments: mx.array) -> Any:
     Raises:
         ConfigurationError: the model takes neither, or it has a state that runs through the row.
     """
-    arguments = inspect.signature(model.__call__).parameters
+    arguments = _arguments(model)
     if "segments" in arguments:
         return model(tokens, segments=segments)
     if "cache" not in arguments:
@@ -91,6 +91,12 @@ def apply_packed(model: nn.Module, tokens: mx.array, segments: mx.array) -> Any:
             "of shape (batch, length) and mask its attention with them."
         )
     return model(tokens, cache=[SegmentCache(segments)] * _num_caches(model))
+
+
+def _arguments(model: nn.Module) -> set[str]:
+    """Names of the arguments that the model's ``__call__``, or one that it overrides, takes."""
+    calls = [vars(kind)["__call__"] for kind in type(model).__mro__ if "__call__" in vars(kind)]
+    return {name for call in calls for name in inspect.signature(call).parameters}
 
 
 def _num_caches(model: Any) -> int:

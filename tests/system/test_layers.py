@@ -28,10 +28,11 @@ LAYERS = [
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
         *("data.order", "gradients", "weighting", "datasets", "rates", "modes", "trainable"),
+        *("chunked_loss", "body_head"),
     },
     {
         *("data", "text", "objective", "options", "compiled", "step", "evaluation", "summary"),
-        *("checkpoint", "finetune", "interop", "communicator"),
+        *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
     },
     {"callbacks"},
     set(RUN),

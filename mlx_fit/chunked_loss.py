@@ -1,0 +1,174 @@
+"""Token losses, whole or in chunks that never hold the logits of all tokens.
+
+A chunk's gradient is computed beside its loss and handed out when the whole is differentiated, so
+that the head runs once. MLX evaluates breadth-first: without the dependency from one chunk to the
+next all of them would be in memory together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_fit.sums import long_sum
+
+Head = Callable[[mx.array, mx.array, Sequence[mx.array]], mx.array]
+
+
+class TokenSums(NamedTuple):
+    """Weighted sums over tokens, float32 scalars.
+
+    Attributes:
+        loss: what is minimised. nll: the negative log-likelihood alone, for the perplexity.
+        correct: targets that have the highest logit.
+    """
+
+    loss: mx.array
+    nll: mx.array
+    correct: mx.array
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Cross-entropy of logits with label smoothing and z-loss.
+
+    ``(1 - e) nll + e mean_over_classes(-log p) + z logsumexp(logits)^2``; smoothing as in Szegedy
+    et al. 2016 (arXiv 1512.00567, section 7), the z-loss as in PaLM (arXiv 2204.02311, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def sums(self, logits: mx.array, targets: mx.array, weights: mx.array) -> TokenSums:
+        """Sums over ``logits`` of shape (tokens, classes); ``targets``, ``weights``: (tokens,)."""
+        logits = logits.astype(mx.float32)
+        lse = mx.logsumexp(logits, -1)
+        return self._sums(logits, lse, targets, weights)
+
+    def fused(self, targets: mx.array, weights: mx.array) -> Any:
+        """The same as a function of logits, with a gradient that needs one array of their size."""
+
+        @mx.custom_function
+        def loss(logits: mx.array) -> list[mx.array]:
+            values = logits.astype(mx.float32)
+            lse = mx.logsumexp(values, -1)
+            return [*self._sums(values, lse, targets, weights), lse]
+
+        @loss.vjp
+        def gradient(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+            # Last of what looks at the logits: one array of their size fewer at a time, measured.
+            [lse] = mx.depends([outputs[3]], list(outputs[:3]))
+            return self._gradient(logits, lse, targets, weights * cotangents[0])
+
+        return loss
+
+    def _sums(
+        self, logits: mx.array, lse: mx.array, targets: mx.array, weights: mx.array
+    ) -> TokenSums:
+        nll = lse - mx.take_along_axis(logits, targets[:, None], -1)[:, 0]
+        loss = nll
+        if self.label_smoothing:
+            even = lse - logits.mean(-1)
+            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * even
+        if self.z_loss:
+            loss = loss + self.z_loss * lse.square()
+        correct = (mx.argmax(logits, -1) == targets).astype(mx.float32)
+        return TokenSums(*[long_sum(value * weights) for value in (loss, nll, correct)])
+
+    def _gradient(
+        self, logits: mx.array, lse: mx.array, targets: mx.array, weights: mx.array
+    ) -> mx.array:
+        num_classes = logits.shape[-1]
+        probabilities = mx.exp(logits.astype(mx.float32) - lse[:, None])
+        if self.z_loss:
+            probabilities = probabilities * (1 + 2 * self.z_loss * lse)[:, None]
+        is_target = mx.arange(num_classes)[None] == targets[:, None]
+        share = mx.where(is_target, 1 - self.label_smoothing, 0.0)
+        if self.label_smoothing:
+            share = share + self.label_smoothing / num_classes
+        return ((probabilities - share) * weights[:, None]).astype(logits.dtype)
+
+
+def chunked_sums(
+    loss: TokenLoss,
+    head: Head,
+    hidden: mx.array,
+    parameters: Sequence[mx.array],
+    tokens: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    chunk_size: int,
+    trains: bool,
+) -> TokenSums:
+    """The sums of ``loss`` over ``head(hidden)``, ``chunk_size`` tokens at a time.
+
+    Args:
+        loss: the token loss.
+        head: ``head(hidden, tokens, parameters)`` gives logits of shape ``(1, chunk, classes)``
+            from hidden states ``(1, chunk, dims)`` and the tokens they belong to, ``(1, chunk)``.
+        hidden: shape (tokens, dims).
+        parameters: the head's trainable arrays; gradients go to them and to ``hidden``.
+        tokens, targets, weights: shape (tokens,).
+        chunk_size: tokens of a chunk.
+        trains: computes gradients with the loss; False leaves them to MLX, which is right but
+            holds every chunk's logits if somebody asks for gradients after all.
+    """
+    bounds = [(i, min(i + chunk_size, hidden.shape[0])) for i in range(0, len(hidden), chunk_size)]
+
+    def chunk(hidden: mx.array, parameters: Sequence[mx.array], start: int, end: int) -> Any:
+        logits = head(hidden[None], tokens[None, start:end], parameters)
+        logits = logits.reshape(-1, logits.shape[-1])  # [0] would cost two arrays in the gradient
+        if not trains:
+            return list(loss.sums(logits, targets[start:end], weights[start:end]))
+        values = loss.fused(targets[start:end], weights[start:end])(logits)
+        return values[0], values[1:3]
+
+    if not trains:
+        found: list[list[mx.array]] = []
+        for start, end in bounds:
+            part = _after(found[-1] if found else [], hidden[start:end])
+            found.append(chunk(part, parameters, start, end))
+        return _added(found)
+
+    def loss_and_gradients(hidden: mx.array, *parameters: mx.array) -> list[mx.array]:
+        differentiate = mx.value_and_grad(chunk, argnums=(0, 1))
+        sums, slopes, totals = [], [], [mx.array(0.0)] * len(parameters)
+        last: list[Any] = []
+        for start, end in bounds:
+            part = _after(last, hidden[start:end])
+            (value, rest), (slope, own) = differentiate(part, list(parameters), start, end)
+            # Sums over chunks in float32: half-precision ones would lose their digits.
+            totals = [a + b.astype(mx.float32) for a, b in zip(totals, own, strict=True)]
+            sums.append([value, *rest])
+            slopes.append(slope)
+            last = [value, slope, *totals]
+        return [*_added(sums), mx.concatenate(slopes), *totals]
+
+    whole = mx.custom_function(loss_and_gradients)
+
+    @whole.vjp
+    def gradient(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+        return [
+            (cotangents[0] * slope.astype(mx.float32)).astype(primal.dtype)
+            for primal, slope in zip(_listed(primals), outputs[3:], strict=True)
+        ]
+
+    results: Any = whole(hidden, *parameters)
+    return TokenSums(*results[:3])
+
+
+def _listed(primals: Any) -> Sequence[mx.array]:
+    """MLX passes a single argument as it is, several as a tuple."""
+    return [primals] if isinstance(primals, mx.array) else primals
+
+
+def _after(previous: Any, array: mx.array) -> mx.array:
+    """``array``, not looked at before ``previous`` is computed."""
+    return mx.depends([array], previous)[0] if previous else array
+
+
+def _added(sums: list[list[mx.array]]) -> TokenSums:
+    return TokenSums(*[mx.stack(list(values)).sum() for values in zip(*sums, strict=True)])

@@ -1,0 +1,234 @@
+"""Adapters into weights and out of them, off a model and on it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fit._tree import named_arrays
+from mlx_fit.checks import boolean
+from mlx_fit.errors import ConfigurationError
+from mlx_fit.finetune.adapter_layers import LEAVES, AdapterLayer, adapters_of, require_adapters
+from mlx_fit.finetune.blocks import is_quantized, listed, ordered_modules, replace
+from mlx_fit.finetune.select import freeze
+from mlx_fit.modes import evaluation_mode
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Put each adapter's product into its layer's weight, in place; the layers are plain then.
+
+    A quantized layer gives a dequantized one: the product would be lost in the few bits of its
+    weight. :func:`unmerge` brings the adapters back exactly; until then the model keeps their
+    arrays and those of the base. :func:`fuse` lets go of them.
+
+    Returns:
+        The dotted names of the merged layers.
+
+    Raises:
+        ConfigurationError: the model has no adapters.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> from mlx_fit.finetune import apply_lora
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> _ = apply_lora(model, targets="layers.1")
+        >>> merge(model)
+        ['layers.1']
+        >>> type(model.layers[1]).__name__
+        'Linear'
+    """
+    layers = require_adapters(model)
+    dtype = _float_dtype(model)
+    plain = {id(layer): layer.merged(dtype) for layer in layers.values()}
+    mx.eval([layer.parameters() for layer in plain.values()])
+    for name, layer in layers.items():
+        # Past Module.__setattr__: the adapter is no child of the merged layer.
+        object.__setattr__(plain[id(layer)], "_unmerged", _Kept(layer))
+        replace(model, name, plain[id(layer)])
+    return [*layers]
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Bring back the adapters that :func:`merge` merged, exactly as they were.
+
+    Returns:
+        The dotted names of their layers.
+
+    Raises:
+        ConfigurationError: nothing is merged, it was merged by :func:`fuse`, or other adapters were
+            put on since.
+    """
+    if present := adapters_of(model):
+        raise ConfigurationError(
+            f"The model has adapters, on {listed(present)}; detach() them before unmerging others."
+        )
+    kept = {
+        name: vars(module)["_unmerged"].layer
+        for name, module in ordered_modules(model)
+        if "_unmerged" in vars(module)
+    }
+    if not kept:
+        raise ConfigurationError(
+            "The model has no merged adapters. unmerge() undoes merge(); fuse() cannot be undone."
+        )
+    for name, layer in kept.items():
+        replace(model, name, layer)
+    return [*kept]
+
+
+def fuse(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    quantize: bool = False,
+    tolerance: float = 1e-3,
+) -> list[str]:
+    """Merge adapters for good, after checking that the outputs stay the same.
+
+    Args:
+        model: a model with adapters.
+        inputs: what to try it on: ``model(inputs)``, as tokens of shape (1, length).
+        quantize: packs layers with a quantized base again, as they were. Rounding to a few bits
+            usually loses the adapter; then this is refused.
+        tolerance: largest difference of an output, relative to the largest output.
+
+    Returns:
+        The dotted names of the fused layers.
+
+    Raises:
+        ConfigurationError: the outputs would differ; the adapters are then still there.
+    """
+    boolean("quantize", quantize)
+    layers = require_adapters(model)
+    with evaluation_mode(model):
+        before = _first(model(inputs))
+        mx.eval(before)
+        names = merge(model)
+        if quantize:
+            for name in names:
+                replace(model, name, _requantized(dict(ordered_modules(model))[name], layers[name]))
+        after = _first(model(inputs))
+    scale = max(1.0, float(mx.abs(before).max()))
+    difference = float(mx.abs(before - after).max()) / scale
+    if not difference <= tolerance:
+        for name, layer in layers.items():
+            replace(model, name, layer)
+        remedy = (
+            "Fuse with quantize=False, which gives dequantized layers"
+            if quantize
+            else "Look at the adapters' values, or allow more with tolerance="
+        )
+        raise ConfigurationError(
+            f"Fusing would move the outputs by {difference:.3g} of their size, above "
+            f"tolerance={tolerance}; the adapters are left as they were. {remedy}."
+        )
+    modules = dict(ordered_modules(model))
+    for name in names:
+        vars(modules[name]).pop("_unmerged", None)
+    return names
+
+
+class Adapters:
+    """Adapters taken off a model by :func:`detach`, to be put on again by :func:`attach`.
+
+    Attributes:
+        layers: dotted name -> adapter layer.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
+        self.layers = dict(layers)
+
+    def __repr__(self) -> str:
+        return f"Adapters({listed(self.layers)})"
+
+
+def detach(model: nn.Module) -> Adapters:
+    """Take the adapters off; the model is its frozen base again.
+
+    Several adapters share one base so: keep each under a name, and :func:`attach` the one to use.
+
+    Raises:
+        ConfigurationError: the model has no adapters.
+    """
+    layers = require_adapters(model)
+    for name, layer in layers.items():
+        replace(model, name, layer.base)
+    return Adapters(layers)
+
+
+def attach(model: nn.Module, adapters: Adapters) -> None:
+    """Put adapters on that :func:`detach` took off, of this model or of one like it.
+
+    Raises:
+        ConfigurationError: the model has adapters, or layers they do not fit.
+    """
+    if present := adapters_of(model):
+        raise ConfigurationError(f"The model has adapters, on {listed(present)}; detach() them.")
+    modules = dict(ordered_modules(model))
+    for name, layer in adapters.layers.items():
+        if name not in modules or type(modules[name]) is not type(layer.base):
+            raise ConfigurationError(
+                f"These adapters are for another model: {type(model).__name__} has no layer {name} "
+                f"of type {type(layer.base).__name__}."
+            )
+    freeze(model)
+    for name, layer in adapters.layers.items():
+        layer[layer.base_key] = modules[name]
+        layer.train(modules[name].training)
+        replace(model, name, layer)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone inside: the adapters stay where they are and do nothing."""
+    layers = [*require_adapters(model).values()]
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+class _Kept:
+    """Hides an adapter layer from its merged twin's parameters."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        self.layer = layer
+
+
+def _float_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype that most of a model's own floating-point arrays have."""
+    own = [name.rpartition(".")[2] not in LEAVES for name, _ in named_arrays(model.parameters())]
+    arrays = [array for _, array in named_arrays(model.parameters())]
+    counts = Counter(
+        array.dtype
+        for array, is_own in zip(arrays, own, strict=True)
+        if is_own and mx.issubdtype(array.dtype, mx.floating)
+    )
+    return counts.most_common(1)[0][0] if counts else mx.float32
+
+
+def _requantized(plain: nn.Module, layer: AdapterLayer) -> nn.Module:
+    base: Any = layer.base
+    if not is_quantized(base):
+        return plain
+    packed = plain.to_quantized(group_size=base.group_size, bits=base.bits, mode=base.mode)
+    packed.train(base.training)
+    return packed
+
+
+def _first(outputs: Any) -> mx.array:
+    """The array to compare: the outputs, the first of several, or the logits."""
+    if isinstance(outputs, dict):
+        outputs = outputs.get("logits", next(iter(outputs.values())))
+    if isinstance(outputs, (tuple, list)):
+        outputs = outputs[0]
+    return outputs.astype(mx.float32)

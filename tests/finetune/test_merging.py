@@ -1,0 +1,119 @@
+"""Adapters into weights and out, off a model and on."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from llama import TOKENS, logits, make_llama, shake
+from mlx.utils import tree_flatten
+
+from mlx_fit import ConfigurationError
+from mlx_fit.finetune import apply_lora, attach, detach, disabled, fuse, merge, select, unmerge
+
+
+def adapted(seed=7, bits=None, **options):
+    model = make_llama()
+    if bits:
+        nn.quantize(model, 32, bits)
+    apply_lora(model, **options)
+    return shake(model, seed)
+
+
+def names(model):
+    return {name for name, _ in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_merged_weights_compute_the_same_and_can_be_taken_out_again(bits):
+    model = adapted(bits=bits)
+    expected, before = logits(model), names(model)
+    merge(model)
+    assert not any("lora" in name for name in names(model))
+    np.testing.assert_allclose(logits(model), expected, atol=1e-5)
+    unmerge(model)
+    assert names(model) == before
+    assert (logits(model) == expected).all()
+
+
+def test_a_merged_model_has_the_names_of_its_base():
+    model = adapted()
+    merge(model)
+    assert names(model) == names(make_llama())
+    assert not model.trainable_parameters().get("lm_head")
+
+
+def test_fusing_is_for_good():
+    model = adapted()
+    expected = logits(model)
+    fuse(model, mx.array(TOKENS))
+    np.testing.assert_allclose(logits(model), expected, atol=1e-5)
+    with pytest.raises(ConfigurationError, match=r"fuse\(\) cannot be undone"):
+        unmerge(model)
+
+
+def test_fusing_into_few_bits_is_refused_and_keeps_the_adapters():
+    model = adapted(bits=4)
+    expected = logits(model)
+    with pytest.raises(ConfigurationError, match="quantize=False, which gives dequantized"):
+        fuse(model, mx.array(TOKENS), quantize=True)
+    assert (logits(model) == expected).all()
+    fuse(model, mx.array(TOKENS), quantize=True, tolerance=10.0)
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+
+
+def test_adapters_put_on_since_are_in_the_way_of_unmerging():
+    model = adapted()
+    expected = logits(model)
+    merge(model)
+    apply_lora(model, targets="q_proj")
+    with pytest.raises(ConfigurationError, match="before unmerging"):
+        unmerge(model)
+    detach(model)
+    unmerge(model)
+    assert (logits(model) == expected).all()
+
+
+def test_several_adapters_share_one_base():
+    model = adapted(seed=1)
+    base, first = logits(make_llama()), logits(model)
+    one = detach(model)
+    assert (logits(model) == base).all()
+    apply_lora(model, rank=2, targets="q_proj")
+    second = logits(shake(model, seed=2))
+    other = detach(model)
+    attach(model, one)
+    assert (logits(model) == first).all()
+    detach(model)
+    attach(model, other)
+    assert (logits(model) == second).all()
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_adapters_can_be_off_for_a_while():
+    model = adapted()
+    expected = logits(model)
+    with disabled(model):
+        assert (logits(model) == logits(make_llama())).all()
+    assert (logits(model) == expected).all()
+
+
+@pytest.mark.parametrize("function", [select, apply_lora, merge, unmerge, detach])
+def test_something_else_than_a_model_is_refused(function):
+    with pytest.raises(ConfigurationError, match="model is a int"):
+        function(3)
+
+
+@pytest.mark.parametrize("function", [merge, unmerge, detach, lambda m: fuse(m, TOKENS)])
+def test_a_model_without_adapters_is_told(function):
+    with pytest.raises(ConfigurationError, match=r"no (merged )?adapters"):
+        function(make_llama())
+
+
+def test_adapters_of_another_model_are_refused():
+    one = detach(adapted())
+    with pytest.raises(ConfigurationError, match="for another model"):
+        attach(nn.Sequential(nn.Linear(2, 2)), one)
+    with pytest.raises(ConfigurationError, match=r"detach\(\) them"):
+        attach(adapted(), one)
