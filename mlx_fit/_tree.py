@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -30,6 +31,16 @@ def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
     return cast("list[tuple[str, mx.array]]", tree_flatten(tree))
 
 
+def named_buffers(model: Any) -> dict[str, mx.array]:
+    """The arrays that a model keeps and does not train: those under names with an underscore."""
+    parameters = {name for name, _ in named_arrays(model.parameters())}
+    return {
+        name: value
+        for name, value in named_arrays(model.state)
+        if name not in parameters and isinstance(value, mx.array)
+    }
+
+
 def snapshot(tree: Any) -> Any:
     """Copy the containers of ``tree``, keeping the very same leaves."""
     if isinstance(tree, dict):
@@ -42,7 +53,11 @@ def snapshot(tree: Any) -> Any:
 def assign(tree: Any, named: Iterable[tuple[str, Any]]) -> None:
     """Set leaves of ``tree`` in place by the dotted names that :func:`named_arrays` gives them.
 
-    ``mlx.utils.tree_unflatten`` takes a dict with keys like ``"0"`` for a list; this does not.
+    ``mlx.utils.tree_unflatten`` takes a dict with keys like ``"0"`` for a list; this does not, and
+    keys may hold dots.
+
+    Raises:
+        KeyError: ``tree`` has no such leaf.
     """
     for name, value in named:
         _set(*place(tree, name), value)
@@ -50,10 +65,18 @@ def assign(tree: Any, named: Iterable[tuple[str, Any]]) -> None:
 
 def place(tree: Any, name: str) -> tuple[Any, Any]:
     """The container and the key of the leaf with a dotted name."""
-    *path, last = name.split(".")
-    for part in path:
-        tree = tree[part if isinstance(tree, dict) else int(part)]
-    return tree, last if isinstance(tree, dict) else int(last)
+    if isinstance(tree, dict) and name in tree:
+        return tree, name
+    parts = name.split(".")
+    if isinstance(tree, (list, tuple)) and parts[0].isdigit() and int(parts[0]) < len(tree):
+        number = int(parts[0])
+        return (tree, number) if len(parts) == 1 else place(tree[number], ".".join(parts[1:]))
+    if isinstance(tree, dict):
+        for end in range(1, len(parts)):  # usually the first fits
+            if (key := ".".join(parts[:end])) in tree:
+                with contextlib.suppress(KeyError):
+                    return place(tree[key], ".".join(parts[end:]))
+    raise KeyError(name)
 
 
 def restore(tree: Any, saved: Any) -> None:

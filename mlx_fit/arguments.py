@@ -22,6 +22,7 @@ from mlx_fit.timing import Schedule
 
 STATE_KEYS = (
     "model",
+    "buffers",
     "optimizer",
     "loss_scale",
     "random_key",

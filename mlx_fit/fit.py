@@ -28,7 +28,7 @@ from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
 from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
-from mlx_fit.trainable import trainable_names
+from mlx_fit.trainable import set_trainable, trainable_names
 
 
 class Fit:
@@ -80,6 +80,7 @@ class Fit:
         self._is_cut = False  # a stop ended the epoch before its data did
         self._whole_state: TrainState | None = None  # between batches: the last safe place
         self._recorder = StepRecorder(history, step, self._first_step)
+        self._trained_at_first = trainable_names(run.model)  # before callbacks freeze or thaw
 
     def __call__(self) -> History:
         """Run to the end."""
@@ -311,6 +312,7 @@ class Fit:
             "epoch": run.epoch,
             "num_batches": step.num_batches if is_inside else 0,
             "first_step": self._first_step,
+            "trained_at_first": self._trained_at_first,
             "is_event_due": is_event_due,
             "stops": run.stop_training,
             "validated": self._validated,
@@ -353,7 +355,7 @@ class Fit:
             self._history.stopped_by = None
         elif position["stops"]:
             run.stop_training = True
-        changes = self._callbacks.load_state_dict(state.callbacks)
+        changes = self._callbacks.load_state_dict(state.callbacks) + self._freeze_as(state)
         resumption.restore()
         self._step.note_replaced_state()
         if position["phase"] in (BATCHES, EPOCH_END):
@@ -371,6 +373,19 @@ class Fit:
         if max_steps is not None and self._step.num_windows >= max_steps:
             run.request_stop(MAX_STEPS)
         resumption.report(changes)
+
+    def _freeze_as(self, state: TrainState) -> list[str]:
+        """Train what was trained, which callbacks may have changed; unless the user did."""
+        assert state.position is not None
+        at_first = state.position["trained_at_first"]
+        if self._trained_at_first in (at_first, state.trainable):
+            self._trained_at_first = at_first
+            if state.position["phase"] != BEGIN:  # there the hooks of now have the last word
+                set_trainable(self._run.model, {*state.trainable})
+            return []
+        then, now = {*state.trainable}, {*trainable_names(self._run.model)}
+        found = [f"{name} is trained now" for name in sorted(now - then)]
+        return found + [f"{name} is frozen now" for name in sorted(then - now)]
 
     def _keep_state(self) -> None:
         """Remember this place, in case a hook or the validation that follows raises."""

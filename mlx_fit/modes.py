@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -28,13 +29,25 @@ def fingerprint(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, each in its own mode again outside."""
+    """Every module in evaluation mode inside; outside each in its own, with the buffers it had.
+
+    A layer that stores what it has seen changes them, and MLX, where it traces again by itself,
+    leaves arrays there that nobody can evaluate.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, key, value)
+        for module, _ in modes
+        for key, value in module.items()
+        if key.startswith("_") and isinstance(value, mx.array)
+    ]
     model.eval()
     try:
         yield
     finally:
         _set_modes(modes)
+        for module, key, value in buffers:
+            dict.__setitem__(module, key, value)
 
 
 @contextmanager

@@ -55,10 +55,11 @@ class StepRecorder:
         layout, settled = self._step.sums.layout, self._step.settled
         if settled is None or settled.num_windows == self._last_window:
             return None
+        row = {"step": self._first_step + settled.num_windows, "epoch": epoch}
         if not layout.computes:
-            return self._next  # a resumed run that has not seen a batch cannot compute it
+            # A resumed run that has not seen a batch that counts cannot compute it.
+            return (self._next or {}) | row
         since = settled.sums.copy()
         since[: self._before.size] -= self._before
         values = Values(layout, lambda: since, self._step.sums.rows, 0, 0)
-        row = {"step": self._first_step + settled.num_windows, "epoch": epoch}
         return row | {k: values[k] for k in layout.summed if isinstance(values.get(k), float)}

@@ -89,7 +89,7 @@ def open_store(
         )
     store = None
     if checkpoint_dir is not None:
-        if not isinstance(checkpoint_dir, (str, os.PathLike)):
+        if not isinstance(checkpoint_dir, (str, os.PathLike)) or not os.fspath(checkpoint_dir):
             raise ConfigurationError(f"checkpoint_dir={checkpoint_dir!r}; expected a folder.")
         store = CheckpointStore(Path(checkpoint_dir))
         store.recover()
@@ -110,11 +110,18 @@ def open_store(
         return store, found
     path = None if resume is False else Path(resume)
     if store is not None and (held := list(store.steps().values())):
-        own = {entry.resolve() for entry in [*held, store.directory]}
+        own = [entry.resolve() for entry in [*held, store.directory]]
         if path is None or path.resolve() not in own:
             raise ResumeError(
                 f"{store.directory} holds checkpoints already, the newest is {held[-1].name}. "
                 "Pass resume='auto' to go on from it, or give another checkpoint_dir."
+            )
+        if newer := held[own.index(path.resolve()) + 1 :]:
+            warnings.warn(
+                f"{store.directory} holds {', '.join(e.name for e in newer)}, newer than {path}: "
+                "resume='auto' will take the newest of them until this run writes a later one. "
+                "Move them away to go on from here for good.",
+                stacklevel=4,
             )
     return store, None if path is None else read_path(path)
 

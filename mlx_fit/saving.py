@@ -92,7 +92,7 @@ class Saver:
             # TerminateOnNaN asked for a quiet end; the last good checkpoint stays.
             warnings.warn(str(error), stacklevel=2)
             return
-        self._store.prune(self._policy, higher)
+        self._store.prune(self._policy, higher, snapshot.document["step"])
 
     def finish(self) -> None:
         """Wait for the last save.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fit._tree import assign, named_arrays
+from mlx_fit._tree import assign, named_arrays, named_buffers
 from mlx_fit.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -184,6 +185,43 @@ def load_parameters(
     mine = dict(named_arrays(model.parameters()))
     fitting = [(n, a.astype(mine[n].dtype)) for n, a in arrays.items() if n in mine]
     assign(model, fitting)
+
+
+def check_buffers(model: nn.Module, arrays: Mapping[str, mx.array], source: str) -> None:
+    """Warn of saved buffers that :func:`put_buffers` will leave out."""
+    fitting = {name for name, *_ in _buffer_places(model, arrays)}
+    if others := sorted(arrays.keys() - fitting):
+        warnings.warn(
+            f"{source} holds {', '.join(others)}, which the model does not have, or in another "
+            "shape: they stay as they are. Build the model as it was when it was saved.",
+            stacklevel=2,
+        )
+
+
+def put_buffers(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Put saved buffers into a model: those of the same shape, and those it has yet to make."""
+    for name, module, key in _buffer_places(model, arrays):
+        if module is None:
+            assign(model, [(name, arrays[name])])
+        else:
+            setattr(module, key, arrays[name])  # past a None that the layer was made with
+
+
+def _buffer_places(
+    model: nn.Module, arrays: Mapping[str, mx.array]
+) -> list[tuple[str, nn.Module | None, str]]:
+    """Name, and where the model has no such array yet its module and key, of what can be put."""
+    mine, modules = named_buffers(model), dict(model.named_modules())
+    found: list[tuple[str, nn.Module | None, str]] = []
+    for name, array in arrays.items():
+        path, _, key = name.rpartition(".")
+        if name in mine and mine[name].shape == array.shape:
+            found.append((name, None, key))
+        elif name in mine or path not in modules or not key.startswith("_"):
+            continue
+        elif getattr(modules[path], key, None) is None:  # no method or setting of the layer
+            found.append((name, modules[path], key))
+    return found
 
 
 def load_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:

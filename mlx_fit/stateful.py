@@ -12,7 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fit._tree import RandomState, named_arrays
+from mlx_fit._tree import RandomState, named_arrays, named_buffers
 from mlx_fit.arguments import check_state_dict, folder_path, weights_path
 from mlx_fit.checkpoint.format import take_snapshot
 from mlx_fit.checkpoint.loading import check_state, put_state
@@ -24,8 +24,10 @@ from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
 from mlx_fit.state import (
     TrainState,
+    check_buffers,
     load_optimizer,
     load_parameters,
+    put_buffers,
     read_arrays,
     save_weights,
     without_arrays,
@@ -141,6 +143,7 @@ class Stateful(ABC):
         """Everything that training goes on from: weights, optimizer, random key and counters."""
         return {
             "model": dict(named_arrays(self.model.parameters())),
+            "buffers": named_buffers(self.model),
             "optimizer": dict(named_arrays(self.optimizer.state)) if self.optimizer else {},
             "loss_scale": dict(self._scaling),
             "random_key": RandomState().words,
@@ -159,6 +162,8 @@ class Stateful(ABC):
         """
         check_state_dict(state)
         load_parameters(self.model, state["model"], strict=strict, source="The state")
+        check_buffers(self.model, state["buffers"], "The state")
+        put_buffers(self.model, state["buffers"])
         if self.optimizer is not None and state["optimizer"]:
             self.optimizer.init(self.model.trainable_parameters())
             load_optimizer(self.optimizer, state["optimizer"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_fit._tree import assign, named_arrays
 from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
@@ -14,6 +16,18 @@ from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are trained."""
     return [name for name, _ in named_arrays(model.trainable_parameters())]
+
+
+def set_trainable(model: nn.Module, names: Collection[str]) -> None:
+    """Freeze and thaw parameters so that those of ``names`` are trained, and no others."""
+    for path, module in model.named_modules():
+        for key, value in module.items():
+            place = f".{path}.{key}" if path else f".{key}"
+            held: Any = tree_flatten(value, place, lambda part: isinstance(part, nn.Module))
+            # What lies in a module below is that one's to freeze.
+            if not key.startswith("_") and all(isinstance(leaf, mx.array) for _, leaf in held):
+                is_trained = any(name in names for name, _ in held)
+                (module._no_grad.discard if is_trained else module._no_grad.add)(key)
 
 
 def load_window(window: list[Any], arrays: dict[str, mx.array]) -> None:

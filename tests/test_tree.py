@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_fit._tree import RandomState, leaves, named_arrays, restore, select, snapshot
+from mlx_fit._tree import RandomState, assign, leaves, named_arrays, restore, select, snapshot
 
 TREES = st.recursive(
     st.integers(),
@@ -24,6 +24,16 @@ def test_leaves_have_dotted_paths():
     tree = {"a": [1, (2, {"b": 3})], "c": {}}
     assert list(leaves(tree)) == [("a.0", 1), ("a.1.0", 2), ("a.1.1.b", 3)]
     assert list(leaves(5)) == [("", 5)]
+
+
+def test_leaves_are_set_by_name_also_where_keys_hold_dots_or_digits():
+    tree = {"a.b": {"0": 1}, "c": [2, (3, {"d": 4})]}
+    inner = tree["c"]
+    assign(tree, [("a.b.0", 5), ("c.0", 6), ("c.1.1.d", 7)])
+    assert tree == {"a.b": {"0": 5}, "c": [6, (3, {"d": 7})]}
+    assert tree["c"] is inner
+    with pytest.raises(KeyError):
+        assign(tree, [("a.c", 1)])
 
 
 def test_arrays_are_named_as_mlx_names_parameters():

@@ -34,7 +34,8 @@ FORMAT = 1
 STATE = "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 WINDOW, CALLBACKS, SUMS = "accumulator.safetensors", "callbacks.safetensors", "metrics.safetensors"
-FILES = (MODEL, OPTIMIZER, WINDOW, CALLBACKS, SUMS)
+BUFFERS = "buffers.safetensors"
+FILES = (MODEL, BUFFERS, OPTIMIZER, WINDOW, CALLBACKS, SUMS)
 INLINE = 4096  # metric sums up to so many numbers are written into state.json
 LARGEST_STATE = 1 << 30  # bytes of a state.json; more is no state of ours
 COUNTERS = ("step", "epoch", "order_seed", "num_passes")
@@ -91,6 +92,8 @@ def take_snapshot(state: TrainState, model: nn.Module, frozen: str = "write") ->
         "history": plain.encode(state.history, "history"),
     }
     files = {MODEL: weights, OPTIMIZER: dict(trainer["optimizer"])}
+    if trainer["buffers"]:
+        files[BUFFERS] = dict(trainer["buffers"])
     if state.window:
         files[WINDOW] = dict(state.window)
     files |= {name: encoder.arrays for name, encoder in encoders.items() if encoder.arrays}
@@ -273,6 +276,7 @@ def read_checkpoint(folder: Path, document: Mapping[str, Any] | None = None) -> 
 
     trainer = {
         "model": arrays[MODEL],
+        "buffers": arrays.get(BUFFERS, {}),
         "optimizer": arrays[OPTIMIZER],
         "loss_scale": decoded("loss_scale"),
         "random_key": document["random_key"],

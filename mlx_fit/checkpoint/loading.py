@@ -1,6 +1,6 @@
 """Putting a saved state into a model and an optimizer: all of it, or nothing.
 
-Imports layer 2: checkpoint.arrays.
+Imports layer 2: checkpoint.arrays, checkpoint.format.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import mlx.nn as nn
 
 from mlx_fit._tree import RandomState, assign, named_arrays
 from mlx_fit.checkpoint.arrays import sha256_of
+from mlx_fit.checkpoint.format import frozen_names
 from mlx_fit.errors import CheckpointMismatchError
 from mlx_fit.rates import follow_schedules
-from mlx_fit.state import check_optimizer, check_parameters
+from mlx_fit.state import check_buffers, check_optimizer, check_parameters, put_buffers
 from mlx_fit.trainable import trainable_names
 
 
@@ -46,6 +47,7 @@ def check_state(
             f"differ from those it was trained with: {', '.join(others)}. Load the same base.",
             missing=others,
         )
+    check_buffers(model, state["buffers"], source)
     # A callback may freeze or thaw before the optimizer's turn comes; then it is checked there.
     if optimizer is not None and set(trainable) == set(trainable_names(model)):
         optimizer.init(model.trainable_parameters())
@@ -70,7 +72,11 @@ def put_state(
         CheckpointMismatchError: the optimizer's state is that of other parameters.
     """
     mine = dict(named_arrays(model.parameters()))
-    assign(model, [(name, a.astype(mine[name].dtype)) for name, a in state["model"].items()])
+    # Running statistics may have grown wider than the layer was made; weights are as they are now.
+    cast = {*trainable_names(model), *frozen_names(model)}
+    weights = state["model"].items()
+    assign(model, [(n, a.astype(mine[n].dtype) if n in cast else a) for n, a in weights])
+    put_buffers(model, state["buffers"])
     if optimizer is not None and with_optimizer and state["optimizer"]:
         optimizer.init(model.trainable_parameters())
         check_optimizer(optimizer, state["optimizer"])

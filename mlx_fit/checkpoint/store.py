@@ -103,11 +103,18 @@ class CheckpointStore:
         write_folder(place, snapshot, hashes)
         return place
 
-    def prune(self, policy: CheckpointPolicy, is_higher_better: bool | None) -> None:
-        """Delete what the policy does not keep. What cannot be deleted is named in a warning."""
+    def prune(self, policy: CheckpointPolicy, is_higher_better: bool | None, newest: int) -> None:
+        """Delete what the policy does not keep. What cannot be deleted is named in a warning.
+
+        Args:
+            policy: what to keep.
+            is_higher_better: the direction of its monitor, None if there is none.
+            newest: the step written last. Later ones are damaged or those of a run that was given
+                up: they stay, and nothing is deleted in their favour.
+        """
         if policy.keep_last is None:
             return
-        steps = self.steps()
+        steps = {step: path for step, path in self.steps().items() if step <= newest}
         kept = {*list(steps)[-policy.keep_last :]}
         if policy.keep_best and is_higher_better is not None:
             kept |= self._best(steps, policy, is_higher_better)

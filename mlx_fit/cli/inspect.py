@@ -22,27 +22,41 @@ SHOWN = 40  # lines of a comparison
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``mlx-fit inspect``."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder of them")
-    parser.add_argument("other", type=Path, nargs="?", help="another one to compare it with")
+    parser.add_argument(
+        "other", type=Path, nargs="?", help="another one to compare it with, of a folder the newest"
+    )
     parser.add_argument("--arrays", action="store_true", help="list every array")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Show, verify or compare. 1 if the two that are compared differ."""
-    path = arguments.checkpoint
-    if path.is_dir() and not (path / STATE).exists():
-        if arguments.other is not None or not (steps := CheckpointStore(path).steps()):
+    path, other = arguments.checkpoint, arguments.other
+    for folder in (path, other):
+        if folder is not None and not folder.is_dir():
+            raise CheckpointError(f"{folder} is no folder; expected a checkpoint.", path=folder)
+    if other is not None:
+        return _compare(*(_newest_of(folder) for folder in (path, other)))
+    if not (path / STATE).exists():
+        if not (steps := CheckpointStore(path).steps()):
             raise CheckpointError(f"{path} holds no checkpoint.", path=path)
         return _show_all(steps.values())
-    if arguments.other is not None:
-        return _compare(path, arguments.other)
     _show(path, arguments.arrays)
     return 0
+
+
+def _newest_of(folder: Path) -> Path:
+    """A checkpoint itself; of a folder of them the newest."""
+    steps = {} if (folder / STATE).exists() else CheckpointStore(folder).steps()
+    return list(steps.values())[-1] if steps else folder
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 2000  # whole names and hashes, for whatever reads them
+    return console
 
 
 def _table(*headings: str) -> Any:
@@ -50,7 +64,8 @@ def _table(*headings: str) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+        side: Any = "right" if heading in _NUMBERS else "left"
+        table.add_column(heading, justify=side, overflow="fold")  # nothing is cut off
     return table
 
 
@@ -163,4 +178,5 @@ def _difference(
     if a.tobytes() == b.tobytes():
         return None
     wide = np.complex128 if a.dtype.kind == "c" else np.float64
-    return f"{np.max(np.abs(a.astype(wide) - b.astype(wide))):.6g}", ""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        return f"{np.max(np.abs(a.astype(wide) - b.astype(wide))):.6g}", ""

@@ -186,6 +186,31 @@ def test_a_damaged_newest_is_named_once_and_the_one_before_used(tmp_path):
     assert history.epoch == [0, 1, 2]
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_a_damaged_newest_does_not_cost_the_ones_that_are_whole(tmp_path, background):
+    policy = CheckpointPolicy("2 steps", keep_last=None)
+    fit(tmp_path, policy)
+    (tmp_path / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
+    policy = CheckpointPolicy("2 steps", keep_last=1, background=background)
+    with pytest.warns(UserWarning, match="step-00000004 is used"):
+        fit(tmp_path, policy, max_steps=5, resume="auto")
+    assert steps_in(tmp_path) == [5, 6]
+    with pytest.warns(UserWarning, match="step-00000005 is used"):
+        fit(tmp_path, policy, resume="auto")
+    assert steps_in(tmp_path) == [6]
+
+
+def test_going_back_to_an_older_checkpoint_names_the_newer_ones(tmp_path):
+    fit(tmp_path, "2 steps")
+    policy = CheckpointPolicy("2 steps", keep_last=1)
+    with pytest.warns(UserWarning, match="holds step-00000004, step-00000006, newer"):
+        fit(tmp_path, policy, max_steps=3, resume=tmp_path / "step-00000002")
+    assert steps_in(tmp_path) == [3, 4, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tmp_path, policy, resume=tmp_path / "step-00000006")
+
+
 def test_numbers_are_compared_as_numbers(tmp_path):
     fit(tmp_path, CheckpointPolicy(keep_last=None))
     (tmp_path / "step-00000006").rename(tmp_path / "step-100000000")
@@ -269,6 +294,12 @@ def test_a_full_disk_leaves_the_one_before_and_is_told(tmp_path, monkeypatch, ba
     assert steps_in(tmp_path) == [2]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert fit(tmp_path, epochs=2, resume=True).epoch == [0, 1]
+
+
+@pytest.mark.parametrize("directory", ["", 5, True])
+def test_a_checkpoint_dir_that_is_no_folders_name_is_refused(directory):
+    with pytest.raises(ConfigurationError, match="checkpoint_dir="):
+        fit(directory)
 
 
 def test_a_checkpoint_dir_that_is_a_file_is_told(tmp_path):

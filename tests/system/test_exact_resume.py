@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from resuming import BATCH, ROWS, STEPS_PER_EPOCH, Run, differences
@@ -22,6 +23,7 @@ from mlx_fit import (
     Preempted,
     ResumeError,
 )
+from mlx_fit.trainable import trainable_names
 
 OPTIONS = {
     "plain": {},
@@ -162,6 +164,23 @@ def test_a_signal_in_a_validation_inside_an_epoch(tmp_path, whole, after):
     assert not differences(resumed.outcome(), whole(**options))
 
 
+@pytest.mark.parametrize("stop", [1, 3, 11])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_rows_of_weight_zero_alone_may_be_left(tmp_path, stop, accumulation):
+    def run(directory):
+        made = Run(directory, trainer={"gradient_accumulation": accumulation}, shuffle=False)
+        made.train = (*made.train, (np.arange(ROWS) < 3).astype(np.float32))
+        made.ids.on_train_batch_end = lambda batch, logs: None  # most batches have no loss
+        return made
+
+    whole = run(None)
+    whole.go()
+    run(tmp_path).go(max_steps=stop)
+    resumed = run(tmp_path)
+    resumed.go(resume=True)
+    assert not differences(resumed.outcome(), whole.outcome())
+
+
 def test_several_resumes_in_one_epoch(tmp_path, whole):
     for stop in (1, 2, 5, 9, 10):
         Run(tmp_path).go(max_steps=stop, resume="auto")
@@ -251,6 +270,102 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path, whole):
     expected = whole(loader=True)
     plain = {k: v.hex() if isinstance(v, bytes) else v for k, v in expected.items()}
     assert not differences(found, json.loads(json.dumps(plain)))
+
+
+# --- what a model keeps beside its weights -------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean, kept in a buffer; keeps its newest input, too."""
+
+    def __init__(self):
+        super().__init__()
+        self._mean = mx.zeros((6,))
+        self._seen = None
+        self._newest = None
+
+    def __call__(self, x):
+        if self.training:
+            self._mean = 0.9 * self._mean + 0.1 * x.mean(0)
+            self._seen = x.mean(0) if self._seen is None else self._seen + x.mean(0)
+        self._newest = x * 2
+        return x - self._mean
+
+
+def keeping(directory, **options):
+    """A run whose layers have a buffer, and running statistics wider than they were made."""
+    run = Run(directory, **options)
+    model = nn.Sequential(Centred(), nn.Linear(6, 3), nn.BatchNorm(3))
+    norm = model.layers[2]
+    norm.running_mean = norm.running_mean.astype(mx.float16)
+    mx.eval(model.state)
+    run.trainer.model = model
+    run.stopping._restores = False
+    return run
+
+
+@pytest.mark.parametrize("stop", [2, 7, 10])
+@pytest.mark.parametrize("options", [{}, {"validation_freq": "2 steps"}])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_buffers_and_their_dtypes_come_back(tmp_path, stop, options, compiled):
+    options = options | {"trainer": {"batch_size": 5, "compile": compiled}}
+    whole = keeping(None, **options)
+    whole.go()
+    keeping(tmp_path, **options).go(max_steps=stop, checkpoint_every="2 steps")
+    resumed = keeping(tmp_path, **options)
+    resumed.go(resume=True, checkpoint_every="2 steps")
+    assert not differences(resumed.outcome(), whole.outcome())
+    for name in ("_mean", "_seen"):
+        mine, theirs = (run.trainer.model.layers[0][name] for run in (resumed, whole))
+        assert mx.array_equal(mine, theirs)
+    assert resumed.trainer.model.layers[2].running_mean.dtype == mx.float32
+
+
+def test_buffers_of_another_shape_stay_and_are_named(tmp_path):
+    first = keeping(None)
+    first.go(epochs=1)
+    first.trainer.save(tmp_path / "all")
+    other = keeping(None)
+    other.trainer.model.layers[0]._mean = mx.zeros((1, 6))
+    with pytest.warns(UserWarning, match=r"holds layers\.0\._mean, which"):
+        other.trainer.load(tmp_path / "all")
+    assert other.trainer.model.layers[0]._mean.shape == (1, 6)
+    state = first.trainer.state_dict()
+    for name in ("layers.0._no_grad", "layers.9._mean", "layers.0.public"):
+        state["buffers"] = {name: mx.zeros((6,))}
+        with pytest.warns(UserWarning, match=f"holds {name}"):
+            other.trainer.load_state_dict(state)
+    assert isinstance(other.trainer.model.layers[0]._no_grad, set)
+    again = keeping(None)
+    again.trainer.load_state_dict(first.trainer.state_dict())
+    assert mx.array_equal(again.trainer.model.layers[0]._mean, first.trainer.model.layers[0]._mean)
+
+
+class Freezes(Callback):
+    """Freezes a layer in the second epoch, or thaws it there."""
+
+    def __init__(self, thaws):
+        self.thaws = thaws
+
+    def on_train_begin(self, logs):
+        if self.thaws:
+            self.model.first.freeze()
+
+    def on_epoch_begin(self, epoch, logs):
+        if epoch == 1:
+            self.model.first.unfreeze() if self.thaws else self.model.first.freeze()
+
+
+@pytest.mark.parametrize("stop", [8, 11, 20])
+@pytest.mark.parametrize("thaws", [True, False])
+def test_what_a_callback_froze_long_ago_stays_frozen(tmp_path, stop, thaws):
+    whole = Run(None, epochs=3)
+    whole.go(Freezes(thaws))
+    Run(tmp_path, epochs=3).go(Freezes(thaws), max_steps=stop)
+    resumed = Run(tmp_path, epochs=3)
+    resumed.go(Freezes(thaws), resume=True)
+    assert not differences(resumed.outcome(), whole.outcome())
+    assert trainable_names(resumed.trainer.model) == trainable_names(whole.trainer.model)
 
 
 # --- negative controls ---------------------------------------------------------------------------
