@@ -10,6 +10,8 @@ import numpy as np
 
 from mlx_fit.errors import ConfigurationError
 
+SAMPLES = (0, 1, 10, 100, 1000, 10_000)  # updates at which a schedule is looked at
+
 
 def optimizers_of(optimizer: Any) -> list[Any]:
     """The optimizer itself, or the parts of a ``MultiOptimizer``."""
@@ -33,7 +35,9 @@ def described(optimizer: Any) -> dict[str, Any]:
         found[prefix] = type(part).__name__
         scheduled = "learning_rate" in part._schedulers
         found[f"{prefix}.learning_rate"] = (
-            "a schedule" if scheduled else _number(part.state.get("learning_rate"))
+            _sampled(part._schedulers["learning_rate"])
+            if scheduled
+            else _number(part.state.get("learning_rate"))
         )
         for name, value in vars(part).items():
             plain = value if isinstance(value, (list, tuple)) else [value]
@@ -42,6 +46,15 @@ def described(optimizer: Any) -> dict[str, Any]:
             ):
                 found[f"{prefix}.{name}"] = list(value) if plain is value else value
     return found
+
+
+def _sampled(schedule: Any) -> str:
+    """A schedule as some of its values, which is what tells it from another."""
+    try:
+        values = [f"{float(np.array(schedule(mx.array(n)))):.6g} at {n}" for n in SAMPLES]
+    except Exception:  # it may end somewhere: a table, for instance
+        return "a schedule"
+    return f"a schedule ({', '.join(values)})"
 
 
 def _number(rate: mx.array | None) -> float | None:

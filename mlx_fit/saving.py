@@ -9,8 +9,11 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
+
+from mlx_fit._tree import named_arrays
 from mlx_fit.callbacks.monitor import Monitor
-from mlx_fit.checkpoint.format import Snapshot, take_snapshot
+from mlx_fit.checkpoint.format import Snapshot, frozen_names, take_snapshot
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.checkpoint.store import CheckpointStore
 from mlx_fit.checkpoint.writer import Writer
@@ -39,6 +42,12 @@ class Saver:
         self._run = run
         self._writer = Writer(policy.background)
         self._hashes: dict[str, str] = {}
+        # A user's own running statistics are frozen and change all the same.
+        self._at_start: dict[str, mx.array] = {}
+        self._unchanged: set[str] = set()
+        if policy.frozen == "expect":
+            weights = dict(named_arrays(run.model.parameters()))
+            self._at_start = {name: weights[name] for name in frozen_names(run.model)}
         self._monitor: Monitor | None = None
         if policy.monitor is not None:
             self._monitor = Monitor(policy.monitor, policy.mode, "CheckpointPolicy")
@@ -78,10 +87,21 @@ class Saver:
         if mark == self.saved:
             return
         higher = None if self._monitor is None else self._monitor.higher_is_better(self._run)
-        snapshot = take_snapshot(state, self._run.model, self._policy.frozen)
+        snapshot = take_snapshot(state, self._expected(state))
         self._writer.submit(partial(self._write, snapshot, higher))
         self.saved = mark
         self._set_clock()
+
+    def _expected(self, state: TrainState) -> list[str]:
+        """The frozen parameters that are not written: those that training has left alone."""
+        if self._at_start:
+            now = state.trainer["model"]
+            equal = {k: mx.array_equal(v, now[k]) for k, v in self._at_start.items()}
+            self._unchanged = {name for name, is_equal in equal.items() if is_equal.item()}
+            self._at_start = {}
+        if self._policy.frozen == "write":
+            return []
+        return [name for name in frozen_names(self._run.model) if name in self._unchanged]
 
     def _write(self, snapshot: Snapshot, higher: bool | None) -> None:
         try:

@@ -91,7 +91,7 @@ class Stateful(ABC):
             last = self._last_fit or TrainState({}, arguments=self._arguments)
             names = trainable_names(self.model)
             state = replace(last, trainer=self.state_dict(), trainable=names)
-        write_folder(folder_path(path), take_snapshot(state, self.model), {})
+        write_folder(folder_path(path), take_snapshot(state), {})
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` or ``fit(checkpoint_dir=...)`` wrote: all of it, or nothing.

@@ -308,6 +308,9 @@ class TrainStep:
             self._window = [snapshot(self.model.trainable_parameters()), zero, zero]
             load_window(self._window, window)
         self._settled = self.sums.num_added, self.num_windows
+        if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
+            self.close_window()
+            self.settle()
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -408,7 +409,14 @@ class Trainer(Stateful):
         assert self._fit is not None
         try:
             history = self._fit()
-            self._last_fit = without_arrays(self._fit.state())
+            try:
+                self._last_fit = without_arrays(self._fit.state())
+            except Exception as error:  # in a callback's state_dict; the fit itself has succeeded
+                self._last_fit = None
+                warnings.warn(
+                    f"A later save() will hold nothing of this fit but its weights: {error!r}",
+                    stacklevel=3,
+                )
             return history
         finally:
             self._fit = None

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,16 @@ class Snapshot:
     frozen: dict[str, mx.array] = field(default_factory=dict)
 
 
-def take_snapshot(state: TrainState, model: nn.Module, frozen: str = "write") -> Snapshot:
+def take_snapshot(state: TrainState, expected: Iterable[str] = ()) -> Snapshot:
     """Keep references to the state's arrays, which never change, and copies of all else.
 
     Args:
         state: what to save.
-        model: the model, which knows the parameters that are frozen.
-        frozen: ``"write"`` or ``"expect"``, as of :class:`CheckpointPolicy`.
+        expected: names of frozen parameters of which only the hashes are written.
     """
     trainer = state.trainer
-    weights, kept = dict(trainer["model"]), {}
-    if frozen == "expect":
-        kept = {name: weights.pop(name) for name in frozen_names(model)}
+    weights = dict(trainer["model"])
+    kept = {name: weights.pop(name) for name in expected}
     encoders = {CALLBACKS: Encoder(), SUMS: Encoder(INLINE)}
     plain = Encoder(INLINE)
     document = {

@@ -468,6 +468,35 @@ def test_another_base_is_refused_by_name(tmp_path):
         other.fit(data(), epochs=2, verbose=0, checkpoint_dir=tmp_path, resume=True)
 
 
+class Centred(nn.Module):
+    """Running statistics of a user's own, which nothing but their change tells from a base."""
+
+    def __init__(self):
+        super().__init__()
+        self.running = mx.zeros((4,))
+        self.freeze(keys=["running"], recurse=False)
+
+    def __call__(self, x):
+        self.running = 0.9 * self.running + 0.1 * x.mean(0)
+        return x - self.running
+
+
+def centred():
+    mx.random.seed(3)
+    model = nn.Sequential(Centred(), nn.Linear(4, 2))
+    mx.eval(model.parameters())
+    return trainer_of(model)
+
+
+def test_what_is_frozen_and_changes_is_written(tmp_path):
+    arguments = {"verbose": 0, "checkpoint_every": CheckpointPolicy(frozen="expect")}
+    whole, resumed = centred(), centred()
+    whole.fit(data(), epochs=3, verbose=0)
+    centred().fit(data(), epochs=2, checkpoint_dir=tmp_path, **arguments)
+    resumed.fit(data(), epochs=3, checkpoint_dir=tmp_path, resume=True, **arguments)
+    assert mx.array_equal(resumed.model.layers[0].running, whole.model.layers[0].running)
+
+
 def test_a_named_tuple_in_a_state_is_saved_as_a_tuple(tmp_path):
     Point = namedtuple("Point", "x y")
     assert decode(Encoder().encode(Point(1, 2), "p"), {}) == (1, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -300,6 +302,28 @@ def test_a_full_disk_leaves_the_one_before_and_is_told(tmp_path, monkeypatch, ba
 def test_a_checkpoint_dir_that_is_no_folders_name_is_refused(directory):
     with pytest.raises(ConfigurationError, match="checkpoint_dir="):
         fit(directory)
+
+
+def test_a_limit_of_the_system_leaves_the_one_before_and_is_told(tmp_path):
+    """The kernel refuses to write: a quota of file size, as ``ulimit -f`` sets it."""
+    code = """
+import resource, sys
+import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, numpy as np
+from mlx_fit import CheckpointWriteError, Trainer
+x = np.ones((4, 64), np.float32)
+trainer = Trainer(nn.Linear(64, 64), optim.SGD(0.01), "mse", batch_size=4, seed=0)
+trainer.fit((x, x), epochs=1, verbose=0, checkpoint_dir=sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    trainer.fit((x, x), epochs=3, verbose=0, checkpoint_dir=sys.argv[1], resume=True)
+except CheckpointWriteError as error:
+    print(type(error.__cause__).__name__, error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "File too large" in done.stdout, done.stdout + done.stderr
+    assert steps_in(tmp_path) == [1]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_checkpoint_dir_that_is_a_file_is_told(tmp_path):

@@ -655,3 +655,106 @@ def test_load_alone_lets_the_next_fit_go_on(tmp_path):
     mine, theirs = second.outcome(), expected.outcome()
     assert not [n for n in differences(mine, theirs) if n.startswith(("0.", "1.", "random"))]
     np.testing.assert_array_equal(mine["losses"], theirs["losses"][16:])
+
+
+def test_a_callback_without_a_state_to_give_costs_no_history(tmp_path):
+    class Broken(Callback):
+        def state_dict(self):
+            raise RuntimeError("no state")
+
+    run = Run(None)
+    with pytest.warns(UserWarning, match="no state"):
+        history = run.go(Broken())
+    assert history.epoch == [0, 1]
+    run.trainer.save(tmp_path / "all")
+    again = Run(None)
+    again.trainer.load(tmp_path / "all")
+    assert again.trainer.step == 16
+
+
+def test_an_open_window_is_applied_where_accumulation_ends(tmp_path):
+    with pytest.raises(Crash):
+        Run(tmp_path, trainer={"gradient_accumulation": 4}).go(CrashAt("on_train_batch_end", 2))
+    resumed = Run(tmp_path)
+    counts = []
+
+    class Counts(Callback):
+        def on_train_batch_begin(self, batch, logs):
+            counts.append(int(resumed.trainer.optimizer.step.item()))
+
+    with pytest.warns(UserWarning, match="gradient_accumulation was 4, is now 1"):
+        resumed.go(Counts(), resume=True, epochs=1)
+    assert counts[:2] == [1, 2]
+    assert resumed.trainer.step == 7
+
+
+def test_another_schedule_wins_and_is_told(tmp_path):
+    import mlx.optimizers as optim
+
+    from mlx_fit.schedules import warmup_cosine
+
+    Run(tmp_path).go(max_steps=3)
+    run = Run(tmp_path)
+    run.trainer.optimizer = optim.AdamW(warmup_cosine(3e-3, 40, 4))
+    with pytest.warns(UserWarning, match=r"learning_rate was 'a schedule .*is now 'a schedule"):
+        run.go(resume=True)
+    assert run.history.history["learning_rate"][-1] < 3e-3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_compilation_ends_the_first_step(tmp_path, whole, number):
+    import mlx.nn as nn
+
+    def loss(outputs, targets):
+        """Runs in Python only while the step is traced."""
+        if sends:
+            sends.pop()
+            os.kill(os.getpid(), number)
+        return nn.losses.cross_entropy(outputs, targets)
+
+    def run(directory):
+        made = Run(directory, trainer={"seed": 5})
+        made.trainer = type(made.trainer)(
+            made.trainer.model, made.trainer.optimizer, loss, ["accuracy"], batch_size=BATCH, seed=5
+        )
+        return made
+
+    sends = []
+    expected = run(None)
+    expected.go()
+    sends = [1]
+    stopped = run(tmp_path)
+    try:
+        stopped.go()
+    except Preempted:
+        assert number == signal.SIGTERM
+    assert stopped.trainer.step == 1
+    resumed = run(tmp_path)
+    resumed.go(resume=True)
+    assert not differences(resumed.outcome(), expected.outcome())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("background", [True, False])
+def test_a_signal_while_saving_lets_the_save_end(tmp_path, whole, monkeypatch, background, number):
+    from mlx_fit.checkpoint import store
+
+    write, saves = store.write_checkpoint, []
+
+    def interrupted(folder, snapshot, hashes):
+        saves.append(snapshot.document["step"])
+        if len(saves) == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one starts no other save
+        write(folder, snapshot, hashes)
+
+    monkeypatch.setattr(store, "write_checkpoint", interrupted)
+    policy = CheckpointPolicy("3 steps", background=background)
+    with pytest.raises(Preempted):
+        Run(tmp_path).go(checkpoint_every=policy)
+    assert len(saves) <= 3
+    assert len(set(saves)) == len(saves)
+    monkeypatch.undo()
+    resumed = Run(tmp_path)
+    resumed.go(resume=True, checkpoint_every=policy)
+    assert not differences(resumed.outcome(), whole())
