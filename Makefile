@@ -58,7 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/chunked_loss.py
 
 soak: setup
-	$(BIN)/python tests/soak.py --stages 400 --kills 300
+	$(BIN)/python tests/soak.py --stages 250 --kills 300
 	$(BIN)/python tests/soak.py --fresh --kills 30
 
 clean:

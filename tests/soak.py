@@ -209,7 +209,8 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     soak = Soak(arguments.seed, arguments.fresh, arguments.leave_out)
     for number in range(1, arguments.stages + 1):
-        soak.check(background=number % 2 == 0, keep=1 + number % 3 // 2, ends=[("event", number)])
+        for background in (True, False):
+            soak.check(background, keep=1 + number % 3 // 2, ends=[("event", number)])
     at_random = soak.kills + arguments.kills
     while soak.kills < at_random and len(soak.differences) < 20:
         background, keep = soak.random.random() < 0.5, soak.random.choice([1, 2, None])
