@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Compute, divide
 from mlx_fit.losses import Loss
 from mlx_fit.metrics import Metric
+from mlx_fit.metrics.base import each_counts_once
 from mlx_fit.weighting import (
     host_sum,
     mean_loss,
@@ -219,7 +221,7 @@ class Supervised(Objective):
         rows = num_rows(batch)
         terms = Terms(mx.array(0.0), rows)
         parts: dict[str, tuple[mx.array, mx.array | float]] = {}
-        counted: list[tuple[str, Any, mx.array, mx.array]] = []
+        counted: list[tuple[str, Any, mx.array, mx.array, Any]] = []
         for name, loss in self._losses.items():
             output = _pick(outputs, name, "outputs", loss.takes_trees)
             target = _pick(y, name, "targets", loss.takes_trees)
@@ -241,12 +243,14 @@ class Supervised(Objective):
             shape = values.shape if per_target else (rows,)
             parts[name] = mean_loss(values, weight, mask, shape)
             clean = target if mask is None else mx.where(mask > 0, target, 0).astype(target.dtype)
-            counted.append((name, output, clean, metric_weights(weight, mask, shape)))
+            marked: Any = each_counts_once if weight is None and mask is None else nullcontext
+            counted.append((name, output, clean, metric_weights(weight, mask, shape), marked))
         self._add_losses(terms, parts, weights, rows)
-        for name, output, target, weight in counted:
+        for name, output, target, weight, marked in counted:
             for metric in self._metrics[name]:
                 key = f"{name}_{metric.name}" if self._named else metric.name
-                self._add_metric(terms, key, metric, output, target, weight)
+                with marked(weight):
+                    self._add_metric(terms, key, metric, output, target, weight)
         return terms
 
     def _add_losses(

@@ -557,3 +557,15 @@ def test_an_unknown_name_lists_the_known_ones_and_a_guess():
 def test_anything_else_is_refused(spec):
     with pytest.raises(ConfigurationError):
         metrics.get(spec)
+
+
+def test_weights_that_are_known_to_be_one_cost_no_work_and_change_no_bit(rng):
+    from mlx_fit.metrics.base import each_counts_once, weighted
+
+    values, ones = mx.array(rng.normal(size=50).astype(np.float32)), mx.ones(50)
+    plain = weighted("m", values, ones)
+    with each_counts_once(ones):
+        marked = weighted("m", values, ones)
+        other = weighted("m", values, ones * 2)
+    assert {k: v.item() for k, v in marked.items()} == {k: v.item() for k, v in plain.items()}
+    assert other["weight"].item() == 100

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -67,6 +69,28 @@ class Metric(ABC):
         """
 
 
+class _Marked(threading.local):
+    """Weights that are known to be 1 everywhere, in this thread."""
+
+    weights: mx.array | None = None
+
+
+_each_once = _Marked()
+
+
+@contextmanager
+def each_counts_once(weights: mx.array) -> Iterator[None]:
+    """Say that these weights are all 1, so that :func:`weighted` leaves out work of no effect.
+
+    Nobody can see that of an array inside a compiled step, and most batches have no weights.
+    """
+    _each_once.weights = weights
+    try:
+        yield
+    finally:
+        _each_once.weights = None
+
+
 class Mean(Metric):
     """The weighted mean of a function's values.
 
@@ -113,12 +137,15 @@ def weighted(name: str, values: mx.array, weights: mx.array) -> State:
     values = values.astype(mx.float32).reshape(core(shape))
     if values.ndim > weights.ndim:
         values = values.mean(tuple(range(weights.ndim, values.ndim)))
+    is_plain = weights is _each_once.weights
     weights = _sum_beyond(weights, values.ndim)
     if values.shape != weights.shape:
         raise DataError(
             f"The metric {name!r} gave values of shape {shape} for weights whose leading axes are "
             f"{weights.shape}; expected one value a row, shape (batch, ...), or a scalar mean."
         )
+    if is_plain and values.ndim == 1:
+        return {"sum": total(values), "weight": mx.array(float(values.size))}
     return {"sum": total(mx.where(weights != 0, values * weights, 0)), "weight": total(weights)}
 
 
