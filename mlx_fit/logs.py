@@ -52,6 +52,7 @@ class Layout:
     def __init__(self) -> None:
         self.computes: dict[str, Compute] = {}
         self.slices: Slices = {}
+        self._lanes: dict[str, list[int]] = {}
         self._may_change = False  # it comes from a checkpoint, whose metrics may have been others
 
     def assign(
@@ -72,7 +73,7 @@ class Layout:
         if self._may_change:
             self._may_change = False
             if slices != self.slices:
-                before, self.slices = self.slices, slices
+                before, self.slices, self._lanes = self.slices, slices, {}
                 raise _LayoutChanged(before)
         for key, known in self.slices.items():
             if slices.get(key) != known:
@@ -80,19 +81,27 @@ class Layout:
                     f"{key!r} was logged with other sizes, or not at all, for a batch of another "
                     "shape. Metrics and objectives must return the same values for every batch."
                 )
-        self.slices = slices
+        self.slices, self._lanes = slices, {}
         self.computes = dict(computes)
         return size
 
     def expect(self, slices: Slices) -> None:
         """Take over the places of a checkpoint's sums, until the first trace says otherwise."""
-        self.slices = slices
+        self.slices, self._lanes = slices, {}
         self._may_change = not self.computes
 
     @property
     def summed(self) -> list[str]:
         """Keys whose state is a sum, which is all of them but metrics that need every row."""
         return list(self.slices)
+
+    def lanes(self, key: str) -> list[int]:
+        """Where all numbers of a key's state are in the vector."""
+        if key not in self._lanes:
+            entry = self.slices.get(key, {})
+            places = [range(start, start + math.prod(shape)) for start, shape in entry.values()]
+            self._lanes[key] = [lane for place in places for lane in place]
+        return self._lanes[key]
 
     def start(self, key: str, name: str) -> int:
         """Where the numbers of a state's entry begin in the vector."""
@@ -114,8 +123,11 @@ def total_of(totals: np.ndarray, vectors: Sequence[mx.array]) -> np.ndarray:
     """
     totals = totals.copy()
     for vector in vectors:
-        found = np.array(vector)
-        totals[: found.size] += found
+        found = np.array(vector, copy=False)
+        if found.size == totals.size:
+            totals += found
+        else:
+            totals[: found.size] += found
     return totals
 
 
@@ -273,9 +285,8 @@ class Sums:
     def _look(self, vectors: Sequence[mx.array], tags: Sequence[int]) -> None:
         """Find the first vector with a bad loss; only where the totals say that there is one."""
         assert self.watched is not None
-        entry = self.layout.slices.get(self.watched, {})
-        lanes = [start + i for start, shape in entry.values() for i in range(math.prod(shape))]
-        if not np.isfinite(self.totals[lanes]).all():
+        lanes = self.layout.lanes(self.watched)
+        if not all(map(math.isfinite, self.totals[lanes].tolist())):
             for vector, tag in zip(vectors, tags, strict=True):
                 found = np.array(vector, np.float64)
                 if not np.isfinite(found[lanes]).all():
