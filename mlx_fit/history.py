@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class History:
         self.stopped_by = state["stopped_by"]
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per epoch, ``{"epoch", "loss", ...}``, with the keys that the epoch has."""
+        return [dict(row) for row in self._rows]
+
+    @property
     def last(self) -> dict[str, Any]:
         """The newest epoch's values; empty before the first has ended."""
         return {k: v for k, v in self._rows[-1].items() if k != "epoch"} if self._rows else {}
@@ -70,12 +76,15 @@ class History:
             mode: ``"min"``, ``"max"``, or ``"auto"``, which asks the metric.
 
         Raises:
-            ConfigurationError: the key does not exist, or nobody declared its direction.
+            ConfigurationError: the key does not exist or holds no numbers, or nobody declared its
+                direction.
         """
         if key not in self.history:
             raise ConfigurationError(
                 f"The history has no {key!r}; it has {', '.join(self.history) or 'nothing'}."
             )
+        if not all(map(_is_number, self.history[key])):
+            raise ConfigurationError(f"{key!r} holds no numbers, of which one could be best.")
         if mode not in ("auto", "min", "max"):
             raise ConfigurationError(f"mode={mode!r}; expected 'auto', 'min' or 'max'.")
         higher = self._direction(key) if mode == "auto" else mode == "max"
@@ -88,6 +97,40 @@ class History:
             return math.inf if math.isnan(row[1]) else sign * row[1]
 
         return min(rows, key=badness)
+
+    def table(self) -> str:
+        """The curves' last and best values as text, a line per key; ``print(history)`` shows it.
+
+        The best is left empty where nobody declared a direction. What is no number (a matrix, a
+        dict of norms) is left out. Epochs are counted from 0, as everywhere in the history.
+
+        Example:
+            >>> history = History({}, lambda key: False)
+            >>> history.append(0, {"loss": 0.5, "val_loss": 0.75})
+            >>> history.append(1, {"loss": 0.25, "val_loss": 1.0})
+            >>> print(history.table())
+            2 epochs  last  best  epoch
+            loss      0.25  0.25      1
+            val_loss     1  0.75      0
+        """
+        number = len(self.epoch)
+        lines = [(f"{number} {'epoch' if number == 1 else 'epochs'}", "last", "best", "epoch")]
+        for key, values in self.history.items():
+            if not all(_is_number(value) for value in values):
+                continue
+            best, epoch = "", ""
+            if self._direction(key) is not None:
+                found = self.best(key)
+                best, epoch = f"{found[1]:.5g}", str(found[0])
+            lines.append((key, f"{values[-1]:.5g}", best, epoch))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+            for line in lines
+        ]
+        if self.stopped_by:
+            rows.append(f"stopped by {self.stopped_by}")
+        return "\n".join(rows)
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line per epoch; a value that an epoch does not have is empty."""
@@ -105,12 +148,19 @@ class History:
 
         Raises:
             ImportError: matplotlib is not installed.
+            ConfigurationError: there is nothing to plot.
         """
         try:
             from matplotlib import pyplot
         except ImportError as error:
             raise ImportError("History.plot needs matplotlib: pip install matplotlib.") from error
-        names = keys or [key for key in self.history if not key.startswith("val_")]
+        names = keys or [
+            key
+            for key, values in self.history.items()
+            if not key.startswith("val_") and all(map(_is_number, values))
+        ]
+        if not names:
+            raise ConfigurationError("The history has no numbers to plot: no epoch has ended.")
         figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
         for axis, name in zip(axes[0], names, strict=True):
             for key in (name, f"val_{name}"):
@@ -122,9 +172,16 @@ class History:
         figure.tight_layout()
         return figure
 
+    def __str__(self) -> str:
+        return self.table()
+
     def __repr__(self) -> str:
         last = {key: values[-1] for key, values in self.history.items()}
         return f"History({len(self.epoch)} epochs, last {last})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _columns(rows: list[dict[str, Any]]) -> Any:

@@ -5,6 +5,7 @@ import math
 import sys
 
 import pytest
+from matplotlib import pyplot
 from toys import ramp, trainer_of
 
 from mlx_fit import ConfigurationError, History
@@ -42,6 +43,8 @@ def test_best_says_what_is_wrong():
         history.best("loss")
     with pytest.raises(ConfigurationError, match="expected 'auto', 'min' or 'max'"):
         history.best("loss", mode="lowest")
+    with pytest.raises(ConfigurationError, match="'matrix' holds no numbers"):
+        history_of((0, {"matrix": [[1.0]]})).best("matrix", mode="max")
 
 
 def test_best_asks_the_trainers_metrics():
@@ -69,3 +72,46 @@ def test_its_repr_shows_the_last_values():
         "History(2 epochs, last {'loss': 2.0})"
     )
     assert repr(history_of()) == "History(0 epochs, last {})"
+
+
+def test_its_table_has_the_last_and_the_best_of_every_number():
+    rows = (0, {"loss": 3.0, "m": [[1.0]]}), (1, {"loss": 1.0, "val_loss": 2.0}), (2, {"loss": 2.5})
+    lines = history_of(*rows, higher=False).table().split("\n")
+    assert [line.split() for line in lines] == [
+        ["3", "epochs", "last", "best", "epoch"],
+        ["loss", "2.5", "1", "1"],
+        ["val_loss", "2", "2", "1"],
+    ]
+    assert len({line.rstrip().rfind(" ") for line in lines[1:]}) == 1  # columns stand in line
+
+
+def test_its_table_leaves_the_best_empty_where_no_direction_is_known():
+    history = history_of((0, {"rate": math.nan}), (1, {"rate": 0.123456789}))
+    history.stopped_by = "SIGINT"
+    assert str(history) == "2 epochs     last  best  epoch\nrate      0.12346\nstopped by SIGINT"
+    assert str(history_of()) == "0 epochs  last  best  epoch"
+    assert str(history_of((4, {"a": 1}))).startswith("1 epoch ")
+
+
+def test_the_table_of_a_fit_knows_the_directions_of_its_metrics():
+    history = trainer_of().fit(ramp(2), ramp(2), epochs=3, verbose=0)
+    found = {line.split()[0]: line.split()[1:] for line in str(history).split("\n")[1:]}
+    epoch, best = history.best("val_mae")
+    assert found["val_mae"] == [f"{history.last['val_mae']:.5g}", f"{best:.5g}", str(epoch)]
+    assert len(found["learning_rate"]) == 1
+
+
+def test_its_rows_are_copies_with_the_keys_of_each_epoch():
+    history = history_of((0, {"loss": 3.0}), (1, {"loss": 2.0, "val_loss": 5.0}))
+    history.rows[0]["loss"] = 0.0
+    assert history.rows == [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0, "val_loss": 5.0}]
+
+
+def test_a_plot_leaves_out_what_is_no_curve():
+    history = history_of((0, {"loss": 3.0, "matrix": [[1.0, 2.0]]}), (1, {"loss": 2.0}))
+    pyplot.switch_backend("agg")
+    figure = history.plot()
+    assert [axis.get_legend_handles_labels()[1] for axis in figure.axes] == [["loss"]]
+    pyplot.close(figure)
+    with pytest.raises(ConfigurationError, match="no numbers to plot"):
+        history_of().plot()

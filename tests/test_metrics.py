@@ -19,13 +19,21 @@ from mlx_fit.metrics import (
     AUROC,
     F1,
     MAE,
+    MCC,
     MSE,
     R2,
     RMSE,
     Accuracy,
+    AveragePrecision,
+    BinnedAUROC,
+    BinnedAveragePrecision,
+    CohenKappa,
     ConfusionMatrix,
+    IoU,
     Mean,
+    MeanIoU,
     Perplexity,
+    PRCurve,
     Precision,
     Recall,
     TopKAccuracy,
@@ -409,6 +417,20 @@ ALL = {
     "confusion matrix": (ConfusionMatrix(), classes),
     "auroc": (AUROC(), classes),
     "binary auroc": (AUROC(), binary),
+    "average precision": (AveragePrecision(), classes),
+    "binary average precision": (AveragePrecision(), binary),
+    "binned auroc": (BinnedAUROC(50), classes),
+    "binary binned auroc": (BinnedAUROC(50), binary),
+    "binned average precision": (BinnedAveragePrecision(50), classes),
+    "pr curve": (PRCurve(11, class_index=2), classes),
+    "binary pr curve": (PRCurve(11), binary),
+    "mcc": (MCC(), classes),
+    "binary mcc": (MCC(), binary),
+    "kappa": (CohenKappa("linear"), classes),
+    "binary kappa": (CohenKappa(), binary),
+    "iou": (IoU(), classes),
+    "mean iou": (MeanIoU(), classes),
+    "binary mean iou": (MeanIoU(), binary),
     "mae": (MAE(), real),
     "mse": (MSE(), real),
     "rmse": (RMSE(), real),
@@ -421,6 +443,9 @@ every_metric = pytest.mark.parametrize("case", ALL)
 
 def assert_equal(one, other):
     assert (one is None) == (other is None)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
     if one is not None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -476,6 +501,7 @@ def test_states_are_float32_of_a_shape_that_the_rows_do_not_change(case):
 def test_every_metric_compiles():
     # Those whose updates differ: each costs a compiler run of a second or two.
     cases = ["accuracy", "top 2", "precision", "confusion matrix", "auroc", "mae", "r2"]
+    cases += ["binned auroc", "pr curve", "binary pr curve", "mean iou"]
 
     def update(data, weights):
         return {case: ALL[case][0].update(*data[case], weights) for case in cases}
@@ -492,7 +518,10 @@ def test_every_metric_compiles():
             np.testing.assert_allclose(compiled[case][key], eager[case][key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["accuracy", "top 2", "f1", "confusion matrix", "auroc"])
+TOKENS = ["accuracy", "top 2", "f1", "confusion matrix", "auroc", "binned auroc", "pr curve", "mcc"]
+
+
+@pytest.mark.parametrize("case", TOKENS)
 def test_tokens_are_rows_of_their_own_where_the_weights_are(case):
     metric, make = ALL[case]
     outputs, targets = make(rng(), 24)
@@ -516,6 +545,9 @@ def test_a_column_of_weights_is_one_weight_a_row():
 NAMES = [
     "accuracy", "acc", "top_k_accuracy", "precision", "recall", "f1", "auroc", "auc", "mae", "mse",
     "rmse", "r2", "perplexity", "confusion_matrix", "top_5_accuracy", "top_12_accuracy",
+    "average_precision", "auprc", "binned_auroc", "binned_auc", "binned_average_precision",
+    "binned_auprc", "pr_curve", "mcc", "matthews_corrcoef", "cohen_kappa", "kappa", "iou",
+    "jaccard", "mean_iou", "miou",
 ]  # fmt: skip
 
 
@@ -533,13 +565,14 @@ def test_names_stand_for_these_metrics_and_directions():
     higher = {name for name in NAMES if metrics.get(name).higher_is_better}
     lower = {name for name in NAMES if metrics.get(name).higher_is_better is False}
     assert lower == {"mae", "mse", "rmse", "perplexity"}
-    assert higher == set(NAMES) - lower - {"confusion_matrix"}
+    assert higher == set(NAMES) - lower - {"confusion_matrix", "pr_curve"}
 
 
 @pytest.mark.parametrize(
     "make",
     [Accuracy, TopKAccuracy, Precision, Recall, F1, AUROC, MAE, MSE, RMSE, R2, Perplexity,
-     ConfusionMatrix],
+     ConfusionMatrix, AveragePrecision, BinnedAUROC, BinnedAveragePrecision, PRCurve, MCC,
+     CohenKappa, IoU, MeanIoU],
 )  # fmt: skip
 def test_every_metric_can_be_renamed(make):
     assert make(name="other").name == "other"

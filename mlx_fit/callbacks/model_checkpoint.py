@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fit.callbacks.base import Callback
-from mlx_fit.callbacks.monitor import Monitor
+from mlx_fit.callbacks.monitor import Monitor, watched
 from mlx_fit.checkpoint.store import remove_checkpoint
 from mlx_fit.errors import (
     CheckpointWriteError,
@@ -110,7 +110,7 @@ class ModelCheckpoint(Callback):
             self._consider(None, facts, logs)
         elif self.monitor in logs:
             self._has_value = True
-            self._consider(float(logs[self.monitor]), facts, logs)
+            self._consider(watched(logs, self.monitor, "ModelCheckpoint"), facts, logs)
         else:
             self._keys_seen = sorted(logs)
 

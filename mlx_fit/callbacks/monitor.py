@@ -57,7 +57,7 @@ class Monitor:
         if not run.info.validates_inside_epochs or self.name not in logs:
             return None
         self._appeared = self._appears_inside = True
-        return float(logs[self.name])
+        return watched(logs, self.name, self._owner)
 
     def at_epoch_end(self, run: Run, logs: Mapping[str, Any]) -> float | None:
         """The value to judge at an epoch's end, or None.
@@ -70,7 +70,7 @@ class Monitor:
             return None
         if self.name in logs:
             self._appeared = True
-            return float(logs[self.name])
+            return watched(logs, self.name, self._owner)
         is_due = not run.info.has_validation or any(key.startswith("val_") for key in logs)
         if not self._appeared and is_due:
             raise UnknownMonitorError(self.name, logs, self._owner)
@@ -102,3 +102,19 @@ class Monitor:
                 "mode='min' or mode='max', or set higher_is_better on the metric."
             )
         return higher
+
+
+def watched(logs: Mapping[str, Any], name: str, owner: str) -> float:
+    """The number that is logged under ``name``.
+
+    Raises:
+        ConfigurationError: it is a matrix or a dict, of which none is better than another.
+    """
+    value = logs[name]
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{owner} monitors {name!r}, which is a {type(value).__name__}; expected a key whose "
+            "values are numbers, such as 'val_loss'. Change monitor."
+        ) from error

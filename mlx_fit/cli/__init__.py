@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from mlx_fit._version import __version__
-from mlx_fit.cli import demo, doctor, inspect
+from mlx_fit.cli import demo, doctor, inspect, report
 from mlx_fit.errors import MlxFitError, Preempted
 
-VERBS = {"demo": demo, "doctor": doctor, "inspect": inspect}
+VERBS = {"demo": demo, "doctor": doctor, "inspect": inspect, "report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.metrics.agreement import MCC, CohenKappa, IoU, MeanIoU
 from mlx_fit.metrics.base import Mean, Metric
+from mlx_fit.metrics.binned import BinnedAUROC, BinnedAveragePrecision, PRCurve
 from mlx_fit.metrics.classification import (
     F1,
     Accuracy,
@@ -21,20 +23,28 @@ from mlx_fit.metrics.classification import (
     Recall,
     TopKAccuracy,
 )
-from mlx_fit.metrics.ranking import AUROC
+from mlx_fit.metrics.ranking import AUROC, AveragePrecision
 from mlx_fit.metrics.regression import MAE, MSE, R2, RMSE
 
 __all__ = [
     "AUROC",
     "F1",
     "MAE",
+    "MCC",
     "MSE",
     "R2",
     "RMSE",
     "Accuracy",
+    "AveragePrecision",
+    "BinnedAUROC",
+    "BinnedAveragePrecision",
+    "CohenKappa",
     "ConfusionMatrix",
+    "IoU",
     "Mean",
+    "MeanIoU",
     "Metric",
+    "PRCurve",
     "Perplexity",
     "Precision",
     "Recall",
@@ -51,6 +61,21 @@ _METRICS: dict[str, Callable[..., Metric]] = {
     "f1": F1,
     "auroc": AUROC,
     "auc": AUROC,
+    "average_precision": AveragePrecision,
+    "auprc": AveragePrecision,
+    "binned_auroc": BinnedAUROC,
+    "binned_auc": BinnedAUROC,
+    "binned_average_precision": BinnedAveragePrecision,
+    "binned_auprc": BinnedAveragePrecision,
+    "pr_curve": PRCurve,
+    "mcc": MCC,
+    "matthews_corrcoef": MCC,
+    "cohen_kappa": CohenKappa,
+    "kappa": CohenKappa,
+    "iou": IoU,
+    "jaccard": IoU,
+    "mean_iou": MeanIoU,
+    "miou": MeanIoU,
     "mae": MAE,
     "mse": MSE,
     "rmse": RMSE,

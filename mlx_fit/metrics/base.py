@@ -61,8 +61,10 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def compute(self, state: HostState) -> float | np.ndarray | None:
+    def compute(self, state: HostState) -> float | np.ndarray | dict[str, list[float]] | None:
         """The value of a (summed or concatenated) state, or None if its total weight is 0.
+
+        Monitors can watch a number only; matrices and dicts of lists are logged and drawn.
 
         Args:
             state: float64 arrays under the names that :meth:`update` gave them.

@@ -222,7 +222,7 @@ class Precision(ClassScore):
 
     def score(self, hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
         """Hits over predictions."""
-        return _quotient(hits, predicted)
+        return quotient(hits, predicted)
 
 
 class Recall(ClassScore):
@@ -235,7 +235,7 @@ class Recall(ClassScore):
 
     def score(self, hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
         """Hits over occurrences."""
-        return _quotient(hits, actual)
+        return quotient(hits, actual)
 
 
 class F1(ClassScore):
@@ -248,7 +248,7 @@ class F1(ClassScore):
 
     def score(self, hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
         """Twice the hits over predictions plus occurrences."""
-        return _quotient(2 * hits, predicted + actual)
+        return quotient(2 * hits, predicted + actual)
 
 
 class ConfusionMatrix(Metric):
@@ -306,5 +306,6 @@ class Perplexity(Metric):
         return math.inf if entropy > 709 else math.exp(entropy)
 
 
-def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """``part / whole``, and 0 of 0 by 0."""
     return np.where(whole == 0, 0.0, part / np.where(whole == 0, 1.0, whole))
