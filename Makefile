@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/chunked_loss.py
+	$(BIN)/python benchmarks/loader.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 250 --kills 300

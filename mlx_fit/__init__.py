@@ -62,6 +62,7 @@ from mlx_fit.errors import (
     RendezvousError,
     ResumeError,
     UnknownMonitorError,
+    WorkerError,
 )
 from mlx_fit.history import History
 from mlx_fit.losses import Loss
@@ -121,6 +122,7 @@ __all__ = [
     "Timer",
     "Trainer",
     "UnknownMonitorError",
+    "WorkerError",
     "__version__",
     "callbacks",
     "data",

@@ -85,14 +85,30 @@ def _is_plain(array: np.ndarray) -> bool:
     return array.dtype in PLAIN and array.flags.c_contiguous
 
 
+def is_torch_tensor(value: object) -> bool:
+    """Whether ``value`` is a PyTorch tensor; PyTorch is not imported to tell."""
+    if isinstance(value, np.ndarray):
+        return False  # soon told, of most
+    return any(k.__module__ == "torch" and k.__name__ == "Tensor" for k in type(value).__mro__)
+
+
+def _from_torch(tensor: Any) -> mx.array:
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # which NumPy does not have
+        return mx.array(tensor.float().numpy()).astype(mx.bfloat16)
+    return _from_numpy(tensor.numpy())
+
+
 def _from_numpy(leaf: Any) -> mx.array:
     """An array that MLX cannot take as it is: its strides, its byte order, or no NumPy array."""
+    if is_torch_tensor(leaf):
+        return _from_torch(leaf)
     try:
         array = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     except Exception as error:
         raise DataError(
             f"A batch holds {type(leaf).__name__} data that NumPy cannot read: {error} Give NumPy "
-            "or MLX arrays; for a torch tensor use tensor.detach().float().numpy()."
+            "or MLX arrays."
         ) from error
     if array.dtype.kind not in "fiubc":
         raise DataError(

@@ -32,6 +32,7 @@ __all__ = [
     "RendezvousError",
     "ResumeError",
     "UnknownMonitorError",
+    "WorkerError",
     "from_runtime_error",
 ]
 
@@ -40,10 +41,10 @@ class MlxFitError(Exception):
     """Base of every error that mlx_fit raises. All of them can be pickled, with their facts."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, dict(self.__dict__))
+        return rebuilt, (type(self), self.args, dict(self.__dict__))
 
 
-def _rebuild(kind: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> Any:
+def rebuilt(kind: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> Any:
     """An error as it was, past its own ``__init__``, whose arguments are not kept."""
     blank = type(kind.__name__, (kind,), {"__init__": lambda self, *args: None})
     error = blank(*args)
@@ -99,6 +100,35 @@ class DataError(MlxFitError, ValueError):
         self.index = index
         where = ":".join(str(part) for part in (self.path, line, column) if part is not None)
         super().__init__(f"{where}: {message}" if where else message)
+
+
+class WorkerError(MlxFitError, RuntimeError):
+    """A worker of a DataLoader died, or gave no batch in time.
+
+    Attributes (None where they do not apply):
+        worker: its number, 0-based; None for the thread. signal: what killed it. exit_code: what it
+            ended with by itself. epoch, batch: what was waited for, 0-based. indices: rows that it
+            had been given and not handed over.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        worker: int | None = None,
+        signal: int | None = None,
+        exit_code: int | None = None,
+        epoch: int | None = None,
+        batch: int | None = None,
+        indices: Iterable[int] = (),
+    ) -> None:
+        self.worker = worker
+        self.signal = signal
+        self.exit_code = exit_code
+        self.epoch = epoch
+        self.batch = batch
+        self.indices = [int(index) for index in indices]
+        super().__init__(message)
 
 
 class DeviceError(MlxFitError, RuntimeError):

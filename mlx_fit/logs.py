@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +40,10 @@ def divide(state: State) -> float | None:
     """``sum / weight``, or None where nothing was counted."""
     weight = float(state["weight"])
     return float(state["sum"]) / weight if weight else None
+
+
+def unlogged(state: State) -> None:
+    """How a key is computed that nobody is shown."""
 
 
 class Layout:
@@ -388,6 +393,23 @@ def _lanes(capacity: int) -> mx.array:
     lanes = mx.arange(capacity)
     mx.eval(lanes)  # a lazy array could be used by this thread only
     return lanes
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a finished step knew.
+
+    Attributes:
+        sums: the packed sums of the epoch, float64.
+        num_windows: windows closed by then, over the whole fit.
+        bad_window: the first of them (1-based) with a non-finite loss, 0 if there was none.
+        bad_loss: its loss.
+    """
+
+    sums: np.ndarray
+    num_windows: int
+    bad_window: int
+    bad_loss: float
 
 
 class Logs(MutableMapping[str, Any]):

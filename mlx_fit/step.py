@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.logs import FOLD, Sums, divide, nonzero_total, total
+from mlx_fit.logs import FOLD, Settled, Sums, divide, nonzero_total, total, unlogged
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
@@ -34,27 +33,6 @@ from mlx_fit.trainable import check_no_new, check_trained, load_window
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
 SCALE_ENDED = "loss_scale_ended"  # not finite where the loss scale fell below 1
-
-
-def _unlogged(state: dict[str, np.ndarray]) -> None:
-    """How a key is computed that nobody is shown."""
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What a finished step knew.
-
-    Attributes:
-        sums: the packed sums of the epoch, float64.
-        num_windows: windows closed by then, over the whole fit.
-        bad_window: the first of them (1-based) with a non-finite loss, 0 if there was none.
-        bad_loss: its loss.
-    """
-
-    sums: np.ndarray
-    num_windows: int
-    bad_window: int
-    bad_loss: float
 
 
 class TrainStep:
@@ -304,8 +282,7 @@ class TrainStep:
         if sums is not None:
             self.sums.load_state_dict(sums)
         if window:
-            zero = mx.array(0.0)
-            self._window = [snapshot(self.model.trainable_parameters()), zero, zero]
+            self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
             load_window(self._window, window)
         self._settled = self.sums.num_added, self.num_windows
         if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
@@ -326,9 +303,8 @@ class TrainStep:
         """
         if self._settled is None:
             return None
-        num_added, num_windows = self._settled
-        totals = self.sums.fold(num_added)
-        return Settled(totals, num_windows, *(self.sums.first_bad or (0, math.nan)))
+        totals = self.sums.fold(self._settled[0])
+        return Settled(totals, self._settled[1], *(self.sums.first_bad or (0, math.nan)))
 
     def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
         """The error for a step with a non-finite loss, or with a loss scale that ran out."""
@@ -475,7 +451,7 @@ class TrainStep:
         if "skipped_updates" in entries:
             computes["skipped_updates"] = total if self.options.masks_bad_batches else nonzero_total
         if SCALE_ENDED in entries:
-            computes[SCALE_ENDED] = _unlogged
+            computes[SCALE_ENDED] = unlogged
         states = terms.states
         if self.options.masks_bad_batches:
             # Gradients alone may overflow: then the loss still counts.

@@ -134,3 +134,15 @@ def test_a_batch_of_any_kind_can_be_described():
     """A note on an error must not become another error."""
     for batch in ((X, X, Y, W), (), Tokens(X, W), X, {"a": X}):
         assert "(4" in describe(batch) or batch == ()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64", "int64", "bool"])
+def test_torch_tensors_of_any_dtype_are_taken_as_they_are(name):
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor([[0.0, 1.0, 3.140625]]).to(getattr(torch, name)).T
+    found = to_mlx((tensor,))[0]
+    kept = {"float64": "float32", "bool": "bool"}.get(name, name)
+    assert str(found.dtype) == f"mlx.core.{kept}"
+    assert found.astype(mx.float32).tolist() == tensor.float().tolist()
+    parameter = torch.nn.Parameter(torch.ones(2))  # needs gradients
+    assert to_mlx(parameter).tolist() == [1, 1]

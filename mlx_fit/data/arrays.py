@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_fit.batch import is_torch_tensor
+
 __all__ = [
     "batch_dtype",
     "flatten",
@@ -45,12 +47,17 @@ def is_named_tuple(value: object) -> bool:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """``value`` as a NumPy array, a view where possible; MLX is evaluated, its bfloat16 widened.
+    """``value`` as a NumPy array, a view where possible; MLX is evaluated, bfloat16 widened.
 
-    Memory maps become plain arrays over the same file, whose indexing is cheaper.
+    PyTorch's tensors may be on a device and need gradients. Memory maps become plain arrays over
+    the same file, whose indexing is cheaper.
     """
     if isinstance(value, mx.array) and value.dtype == mx.bfloat16:
         value = value.astype(mx.float32)
+    elif is_torch_tensor(value):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            value = value.float()
     return np.asarray(value)
 
 

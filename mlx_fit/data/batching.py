@@ -14,7 +14,7 @@ from mlx_fit.data.fetch import Indices, add_position
 from mlx_fit.data.order import FeistelOrder
 from mlx_fit.errors import ResumeError
 
-__all__ = ["from_batch_sampler", "from_order", "from_sampler", "from_stream"]
+__all__ = ["from_batch_sampler", "from_order", "from_sampler", "from_stream", "warn_of_discarding"]
 
 
 def from_order(
@@ -58,21 +58,32 @@ def from_batch_sampler(
     return number, batches
 
 
+def warn_of_discarding(rows: Iterable[Any], start: int) -> None:
+    """Say that going to sample ``start`` of a stream reads the rows before it."""
+    warnings.warn(
+        f"To resume, the first {start} rows are read and discarded: the dataset, a "
+        f"{type(rows).__name__}, cannot be asked for a row by its index. With state_dict and "
+        "load_state_dict it could go to its place at once.",
+        stacklevel=3,
+    )
+
+
 def from_stream(
-    rows: Iterable[Any], size: int, drop_last: bool, epoch: int, start: int
+    rows: Any, size: int, drop_last: bool, epoch: int, start: int, dataset_state: Any = None
 ) -> Iterator[list[Any]]:
-    """The rows of an iterable in batches, from sample ``start`` on; those before it are lost."""
+    """The rows of an iterable in batches, from sample ``start`` on.
+
+    With a ``dataset_state``, which was saved there, the iterable goes there by itself. Else the
+    rows before it are read and lost.
+    """
     _announce(rows, epoch)
+    if dataset_state is not None:
+        rows.load_state_dict(dataset_state)
     iterator = iter(rows)
-    if start:
-        warnings.warn(
-            f"To resume, the first {start} rows are read and discarded: the dataset, a "
-            f"{type(rows).__name__}, cannot be asked for a row by its index.",
-            stacklevel=3,
-        )
+    num_discarded = 0 if dataset_state is not None else start
     count = start
     try:
-        if sum(1 for _ in islice(iterator, start)) < start:
+        if sum(1 for _ in islice(iterator, num_discarded)) < num_discarded:
             raise ResumeError(
                 f"The state was saved after {start} samples, but the dataset has fewer now."
             )

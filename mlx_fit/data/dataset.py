@@ -1,4 +1,4 @@
-"""Datasets of rows, composed from each other. Imports layer 2: data.arrays."""
+"""Datasets of rows, composed from each other. Imports layer 2: data.arrays, data.mapped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mlx_fit.data.arrays import batch_dtype, flatten, is_array, skeleton, to_numpy, unflatten
+from mlx_fit.data.mapped import by_file
 from mlx_fit.data.order import order
 from mlx_fit.errors import ConfigurationError, DataError
 
@@ -48,6 +49,9 @@ def seeded(dataset: Any, seed: int, epoch: int) -> Any:
 
 def is_dataset(data: Any) -> bool:
     """Whether ``data`` has rows that can be asked for by index."""
+    # PyTorch's IterableDataset inherits a __getitem__ that only raises, and may have a length.
+    if any(kind.__name__ == "IterableDataset" for kind in type(data).__mro__):
+        return False
     return hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
@@ -120,6 +124,11 @@ class ArrayDataset:
         if self._keys is not None:
             return dict(zip(self._keys, rows, strict=True))
         return unflatten(self._structure, iter(rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process maps a memory-mapped file anew, instead of being sent what is in it.
+        arrays = [by_file(array) for array, _ in self._columns]
+        return ArrayDataset, (unflatten(self._structure, iter(arrays)),)
 
     def part(self, start: int, stop: int) -> ArrayDataset:
         """The rows from ``start`` to before ``stop``, over the same memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from mlx_fit.data.sources import Source
@@ -139,6 +139,15 @@ class Feed:
     def rest(self) -> Iterator[Any]:
         """The batches that are left of the epoch in which a loaded state was taken."""
         return iter(()) if self.has_ended else self._rest()
+
+    def close(self) -> None:
+        """Let go of a pass that was left early: a loader's threads and processes end now.
+
+        A user's own iterator, which somebody may go on with, stays as it is.
+        """
+        unfinished, self._pass = self._pass, None
+        if isinstance(unfinished, Generator) and not self.source.one_shot:
+            unfinished.close()
 
     def _start_pass(self) -> Iterator[Any]:
         batches = self.source.batches(self.start_epoch + self.passes_started)

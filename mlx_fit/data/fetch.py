@@ -16,41 +16,48 @@ from mlx_fit.data.collate import collate
 from mlx_fit.data.dataset import ArrayDataset, Subset
 from mlx_fit.errors import DataError
 
-__all__ = ["Indices", "add_position", "fetcher", "stream_fetcher"]
+__all__ = ["Check", "Indices", "add_position", "describe_rows", "fetcher", "stream_fetcher"]
 
 Indices = Sequence[int] | np.ndarray
 Collate = Callable[[list[Any], Indices], Any]
+Check = Callable[[Any], None]
 
 
-def _collator(collate_fn: Callable[[list[Any]], Any] | None) -> Collate:
+def _collator(collate_fn: Callable[[list[Any]], Any] | None, check: Check | None) -> Collate:
     """The user's ``collate_fn``, or ours, as a function of rows and their indices."""
     if collate_fn is None:
         return collate
-    return lambda samples, indices: collate_fn(samples)
+    return lambda samples, indices: _checked(collate_fn(samples), check)
+
+
+def _checked(value: Any, check: Check | None) -> Any:
+    if check is not None:
+        check(value)
+    return value
 
 
 def fetcher(
-    dataset: Any, collate_fn: Callable[[list[Any]], Any] | None
+    dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, check: Check | None = None
 ) -> Callable[[Indices, int, int], Any]:
     """The fastest ``fetch(indices, epoch, batch)`` that ``dataset`` allows, whole batches first.
 
     A dataset's ``__getitems__(indices)`` may return a list of rows, which are collated (PyTorch's
     and Hugging Face's meaning), or arrays, which are the batch. A ``collate_fn`` always gets the
-    rows of our own datasets one by one.
+    rows of our own datasets one by one. ``check`` is called with all that the user's code returns.
     """
     if isinstance(dataset, ArrayDataset) and collate_fn is None:
         return partial(_fetch_arrays, dataset)
     own = isinstance(dataset, ArrayDataset | Subset)
     if hasattr(dataset, "__getitems__") and not (own and collate_fn is not None):
-        return partial(_fetch_whole, dataset, collate_fn)
-    return partial(_fetch_rows, dataset, _collator(collate_fn))
+        return partial(_fetch_whole, dataset, collate_fn, check)
+    return partial(_fetch_rows, dataset, _collator(collate_fn, check), check)
 
 
 def stream_fetcher(
-    batch_size: int, collate_fn: Callable[[list[Any]], Any] | None
+    batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, check: Check | None = None
 ) -> Callable[[list[Any], int, int], Any]:
     """A ``fetch(rows, epoch, batch)`` for rows that a stream has already given."""
-    return partial(_collate_stream, batch_size, _collator(collate_fn))
+    return partial(_collate_stream, batch_size, _collator(collate_fn, check), check)
 
 
 def add_position(error: Exception, samples: str, epoch: int, batch: int) -> None:
@@ -62,53 +69,70 @@ def _fetch_arrays(dataset: ArrayDataset, indices: Indices, epoch: int, batch: in
     try:
         return dataset.__getitems__(indices)
     except Exception as error:
-        add_position(error, f"samples {_listed(indices)}", epoch, batch)
+        add_position(error, describe_rows(indices), epoch, batch)
         raise
 
 
 def _fetch_rows(
-    dataset: Any, collate_rows: Collate, indices: Indices, epoch: int, batch: int
+    dataset: Any,
+    collate_rows: Collate,
+    check: Check | None,
+    indices: Indices,
+    epoch: int,
+    batch: int,
 ) -> Any:
     samples: list[Any] = []
     wanted = _as_list(indices)
     try:
         for index in wanted:
-            samples.append(dataset[index])
+            sample = dataset[index]
+            if check is not None:
+                check(sample)
+            samples.append(sample)
         return collate_rows(samples, wanted)
     except Exception as error:
         failed = wanted[len(samples) : len(samples) + 1]
-        where = f"sample {failed[0]}" if failed else f"samples {_listed(wanted)}"
+        where = f"sample {failed[0]}" if failed else describe_rows(wanted)
         add_position(error, where, epoch, batch)
         raise
 
 
 def _collate_stream(
-    batch_size: int, collate_rows: Collate, rows: list[Any], epoch: int, batch: int
+    batch_size: int,
+    collate_rows: Collate,
+    check: Check | None,
+    rows: list[Any],
+    epoch: int,
+    batch: int,
 ) -> Any:
     indices = range(batch * batch_size, batch * batch_size + len(rows))
     try:
+        _checked(rows, check)
         return collate_rows(rows, indices)
     except Exception as error:
-        add_position(error, f"samples {_listed(indices)}", epoch, batch)
+        add_position(error, describe_rows(indices), epoch, batch)
         raise
 
 
 def _fetch_whole(
     dataset: Any,
     collate_fn: Callable[[list[Any]], Any] | None,
+    check: Check | None,
     indices: Indices,
     epoch: int,
     batch: int,
 ) -> Any:
     wanted = _as_list(indices)
     try:
-        rows = dataset.__getitems__(wanted)
+        rows = _checked(dataset.__getitems__(wanted), check)
         if isinstance(rows, list):
             _check_length(len(rows), wanted, "")
-            return _collator(collate_fn)(rows, wanted)
-        return _as_batch(rows, wanted) if collate_fn is None else collate_fn(rows)
+            return _collator(collate_fn, check)(rows, wanted)
+        if collate_fn is None:
+            return _as_batch(rows, wanted)
+        return _checked(collate_fn(rows), check)
     except Exception as error:
-        add_position(error, f"samples {_listed(wanted)}", epoch, batch)
+        add_position(error, describe_rows(wanted), epoch, batch)
         raise
 
 
@@ -135,6 +159,7 @@ def _as_list(indices: Indices) -> list[int]:
     return indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
 
 
-def _listed(indices: Indices) -> str:
+def describe_rows(indices: Indices) -> str:
+    """The indices of a batch for a message, shortened if they are many."""
     listed = _as_list(indices)
-    return f"{listed[:8]!s:.100} ..." if len(listed) > 8 else str(listed)
+    return f"samples {listed[:8]!s:.100} ..." if len(listed) > 8 else f"samples {listed}"

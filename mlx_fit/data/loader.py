@@ -1,32 +1,31 @@
 """DataLoader: batches of a dataset, in an order that can be resumed.
 
-Imports layer 2: data.batching, data.dataset, data.fetch, data.options.
+Imports layer 2: data.batching, data.dataset, data.options, data.position, data.reader, data.recipe.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from mlx_fit.checks import boolean, natural
-from mlx_fit.data.batching import from_batch_sampler, from_order, from_sampler, from_stream
-from mlx_fit.data.dataset import is_dataset, rows_of, seeded
-from mlx_fit.data.fetch import fetcher, stream_fetcher
-from mlx_fit.data.options import check_exclusions, check_stream
+from mlx_fit.data.batching import (
+    from_batch_sampler,
+    from_order,
+    from_sampler,
+    warn_of_discarding,
+)
+from mlx_fit.data.dataset import is_dataset, rows_of
+from mlx_fit.data.options import check_exclusions, check_stream, seed_of, worker_options
 from mlx_fit.data.order import ORDER_VERSION, order
-from mlx_fit.errors import ConfigurationError, DataError, ResumeError
+from mlx_fit.data.position import Position, check_state
+from mlx_fit.data.reader import Reader
+from mlx_fit.data.recipe import Recipe
+from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = ["DataLoader"]
-
-
-@dataclass
-class _Position:
-    """How far one pass over the data has come."""
-
-    epoch: int
-    samples_consumed: int
 
 
 class DataLoader:
@@ -39,7 +38,9 @@ class DataLoader:
 
     Args:
         dataset: anything with ``__len__`` and ``__getitem__``; arrays, or tuples and dicts of
-            arrays, as for :class:`ArrayDataset`; or an iterable of rows, read in its own order.
+            arrays, as for :class:`ArrayDataset`; or an iterable of rows (a stream), read in its own
+            order. To resume, a stream's rows are read up to the position, with a warning, unless it
+            has ``state_dict`` and ``load_state_dict`` (JSON), which :meth:`state_dict` then holds.
             Whole batches are read where the dataset can: arrays by one index operation, a
             dataset with ``__getitems__(indices)`` by one call.
         batch_size: rows per batch.
@@ -48,12 +49,32 @@ class DataLoader:
             ``set_epoch``, that is called. To be resumable it must repeat an epoch's indices.
         batch_sampler: iterable of lists of row indices, instead of ``batch_size``, ``shuffle``,
             ``sampler`` and ``drop_last``.
+        num_workers: processes that make batches, for Python code that is slower than training.
+            They are started (spawned) with each pass, so a script must do its work under
+            ``if __name__ == "__main__":``, and dataset and functions must be picklable. They return
+            NumPy, through shared memory. The batches, their order and the draws of :class:`Map` are
+            the same for any number. A stream cannot be divided: one process reads it. With 0,
+            batches that take long (over half a millisecond) are made ahead in a thread, others in
+            the caller's.
         collate_fn: makes a batch of a list of rows. Default: stack them, float64 as float32.
         drop_last: leave out a last batch with fewer rows.
+        timeout: seconds to wait for a batch before :class:`WorkerError`; 0 waits for ever.
+        worker_init_fn: called with its number in each process. NumPy's and Python's global
+            generators are seeded before it, from the seed, the epoch and the number.
+        generator: gives the seed: a ``torch.Generator`` its initial seed, a
+            ``numpy.random.Generator`` a draw.
+        prefetch_factor: batches made ahead, by each process or by the thread. 0 uses no thread
+            (for datasets that must stay in the caller's, and draws of MLX's random numbers).
+        persistent_workers: keep the processes for the next pass.
+        pin_memory: accepted for PyTorch's sake, and without meaning: MLX's memory is unified.
         seed: for the order and the draws of :class:`Map`. None draws one, which the state keeps.
 
+    Attributes:
+        wait_seconds: what iterators have waited for batches so far, in all passes.
+
     Raises:
-        ConfigurationError: arguments that exclude each other, or no batch would be left.
+        ConfigurationError: arguments that exclude each other or would have no effect, or no batch
+            would be left.
         DataError: arrays whose lengths differ.
 
     Example:
@@ -74,9 +95,15 @@ class DataLoader:
         shuffle: bool = False,
         sampler: Iterable[int] | None = None,
         batch_sampler: Iterable[list[int]] | None = None,
-        *,
+        num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], Any] | None = None,
+        generator: Any = None,
+        prefetch_factor: int | None = 2,
+        persistent_workers: bool = False,
+        pin_memory: bool = False,
         seed: int | None = None,
     ) -> None:
         check_exclusions(
@@ -95,17 +122,25 @@ class DataLoader:
         self.batch_sampler = batch_sampler
         self.collate_fn = collate_fn
         self.drop_last = boolean("drop_last", drop_last)
-        self.seed = int.from_bytes(os.urandom(4), "big") if seed is None else natural("seed", seed)
-        self._draws_seed = seed is None
-        self._is_stream = not is_dataset(self.dataset)
+        self.num_workers = natural("num_workers", num_workers)
+        self.persistent_workers = persistent_workers
+        self.pin_memory = boolean("pin_memory", pin_memory)
+        self.seed = seed_of(seed, generator)
+        self._draws_seed = seed is None and generator is None
         self._num_rows = len(self.dataset) if hasattr(self.dataset, "__len__") else None
-        self._position = _Position(epoch=0, samples_consumed=0)
+        self._position = Position(epoch=0, samples_consumed=0)
         self._is_loaded = False  # the position is where to start, not where an iterator has come
         self._is_spent = False  # the dataset is an iterator, and was read
-        if self._is_stream:
+        is_stream = not is_dataset(self.dataset)
+        if is_stream:
             check_stream(
                 self.dataset, shuffle=shuffle, sampler=sampler, batch_sampler=batch_sampler
             )
+        self._recipe = Recipe(self.dataset, collate_fn, self.batch_size, self.drop_last, is_stream)
+        options = worker_options(
+            num_workers, timeout, worker_init_fn, prefetch_factor, persistent_workers
+        )
+        self._reader = Reader(self._recipe, options)
         num_samples = self._num_samples()
         if drop_last and num_samples is not None and num_samples < batch_size:
             raise ConfigurationError(
@@ -138,11 +173,18 @@ class DataLoader:
                 f"The dataset of this DataLoader, a {type(self.dataset).__name__}, is an iterator, "
                 "which can be read once. Pass an object whose __iter__ starts again."
             )
-        self._is_spent = self._is_stream and hasattr(self.dataset, "__next__")
-        start = self._position.samples_consumed if self._is_loaded else 0
-        position = _Position(self._position.epoch, start)
+        self._is_spent = self._recipe.is_one_shot
+        position = Position(self._position.epoch, 0)
+        if self._is_loaded:
+            position = replace(self._position)
         self._position, self._is_loaded = position, False
-        return self._read(position)
+        first, batches = self._batches(position)
+        return self._reader.read(position, self.seed, enumerate(batches, first), self._finish)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that iterators of this loader have spent on waiting for batches so far."""
+        return self._reader.wait_seconds
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next ``iter(loader)`` be epoch ``epoch``, counted from 0.
@@ -150,11 +192,11 @@ class DataLoader:
         Setting the epoch where the loader is anyway keeps a loaded position.
         """
         if epoch != self._position.epoch:
-            self._position = _Position(natural("epoch", epoch), 0)
+            self._position = Position(natural("epoch", epoch), 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position as a small dict for JSON: what was handed out, of which epoch and set-up."""
-        return {
+        state = {
             "version": ORDER_VERSION,
             "seed": self.seed,
             "epoch": self._position.epoch,
@@ -164,6 +206,9 @@ class DataLoader:
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
         }
+        if self._recipe.is_stateful:
+            state["dataset_state"] = self._position.dataset_state
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position: the next ``iter(loader)`` yields the batches that were left.
@@ -174,20 +219,11 @@ class DataLoader:
         Raises:
             ResumeError: the state belongs to another set-up, or is no state of a DataLoader.
         """
-        current = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != current.keys():
-            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ResumeError(f"Not a DataLoader state: expected {sorted(current)}, found {found}.")
-        free = {"epoch", "samples_consumed"} | ({"seed"} if self._draws_seed else set())
-        for field in current:
-            if field not in free and state[field] != current[field]:
-                raise ResumeError(
-                    f"The state was saved with {field}={state[field]!r}, but this DataLoader has "
-                    f"{field}={current[field]!r}: the remaining batches would not be those that "
-                    "were left. Use the same data and arguments."
-                )
+        check_state(state, self.state_dict(), self._draws_seed)
         self.seed = state["seed"]
-        self._position = _Position(state["epoch"], state["samples_consumed"])
+        self._position = Position(
+            state["epoch"], state["samples_consumed"], state.get("dataset_state")
+        )
         self._is_loaded = True
 
     def _num_samples(self) -> int | None:
@@ -196,29 +232,25 @@ class DataLoader:
             return self._num_rows
         return len(self.sampler) if isinstance(self.sampler, Sized) else None
 
-    def _read(self, position: _Position) -> Iterator[Any]:
-        epoch = position.epoch
-        if self._is_stream:
-            fetch = stream_fetcher(self.batch_size or 1, self.collate_fn)
-        else:
-            fetch = fetcher(seeded(self.dataset, self.seed, epoch), self.collate_fn)
-        first, batches = self._batches(epoch, position.samples_consumed)
-        for number, rows in enumerate(batches, first):
-            batch = fetch(rows, epoch, number)
-            position.samples_consumed += len(rows)
-            yield batch
+    def _finish(self, position: Position) -> None:
         # An old iterator that ends late must not move a loader that has gone elsewhere.
-        if epoch == self._position.epoch and not self._is_loaded:
-            self._position = _Position(epoch + 1, 0)
+        if position.epoch == self._position.epoch and not self._is_loaded:
+            self._position = Position(position.epoch + 1, 0)
 
-    def _batches(self, epoch: int, start: int) -> tuple[int, Iterator[Any]]:
+    def _batches(self, position: Position) -> tuple[int, Iterator[Any]]:
         """The number of the first batch, and from it on each one's row indices (a stream: rows)."""
+        epoch, start = position.epoch, position.samples_consumed
         size, drop_last = self.batch_size, self.drop_last
         if size is None:
             return from_batch_sampler(self.batch_sampler or (), epoch, start)
         first = start // size
-        if self._is_stream:
-            return first, from_stream(self.dataset, size, drop_last, epoch, start)
+        if self._recipe.is_stream:
+            state = position.dataset_state
+            if start and state is None:
+                warn_of_discarding(self.dataset, start)
+            if self.num_workers:
+                return first, repeat(None)  # the process reads the stream
+            return first, self._recipe.stream(epoch, start, state)
         if self.sampler is not None:
             return first, from_sampler(self.sampler, size, drop_last, epoch, start)
         num_rows = self._num_rows or 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_fit.errors import ConfigurationError
 
-__all__ = ["ORDER_VERSION", "FeistelOrder", "order"]
+__all__ = ["ORDER_VERSION", "FeistelOrder", "order", "uniform"]
 
 #: Changes whenever the same (seed, epoch, n) gives another order: saved positions are void then.
 ORDER_VERSION = 1
@@ -49,12 +49,26 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray | FeistelOrder:
     seed, epoch, n = operator.index(seed), operator.index(epoch), operator.index(n)
     if n < 0:
         raise ConfigurationError(f"order() was asked for n={n} samples; n must be 0 or more.")
-    from hashlib import blake2b  # slow to import: it loads OpenSSL
-
-    digest = blake2b(f"{ORDER_VERSION}:{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    digest = _digest(f"{ORDER_VERSION}:{seed}:{epoch}")
     if n > _LARGEST_PERMUTATION:
         return FeistelOrder(n, np.frombuffer(digest, "<u8").astype(np.uint64))
     return _permutation(n, int.from_bytes(digest[:16], "little"))
+
+
+def uniform(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Random float64 numbers in [0, 1), of shape ``(n,)``: a pure function of the arguments.
+
+    They are independent of :func:`order` with the same arguments.
+    """
+    digest = _digest(f"{ORDER_VERSION}:{operator.index(seed)}:{operator.index(epoch)}:uniform")
+    words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _digest(text: str) -> bytes:
+    from hashlib import blake2b  # slow to import: it loads OpenSSL
+
+    return blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
 
 
 def _permutation(n: int, key: int) -> np.ndarray:

@@ -149,6 +149,8 @@ class BatchSource(Source):
                 return None  # it has counted a batch that nobody took
             rest = state["samples_consumed"] - num_rows(untaken)
             state = state | {"samples_consumed": rest}
+            if "dataset_state" in state:  # it is after the batch: rows are read up to it instead
+                state["dataset_state"] = None
         return {"loader": state}
 
     def restore(self, position: dict[str, Any], num_batches: int) -> None:

@@ -87,3 +87,10 @@ def test_what_cannot_be_stacked_is_named(row):
     with pytest.raises(DataError, match="Row 9: field 'x'") as caught:
         collate([{"x": row}], indices=[9])
     assert caught.value.index == 9
+
+
+def test_bfloat16_tensors_and_tensors_with_gradients_become_float32():
+    rows = [torch.tensor([0.5, 3.140625], dtype=torch.bfloat16), torch.nn.Parameter(torch.ones(2))]
+    batch = collate(rows)
+    assert batch.dtype == np.float32
+    assert batch.tolist() == [[0.5, 3.140625], [1, 1]]

@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -153,3 +154,20 @@ def test_too_few_batches_are_evaluated_with_one_warning():
 def test_an_evaluation_of_nothing_is_an_error():
     with pytest.raises(DataError, match="val gave no batch"):
         list(Replay(source(iter([]), name="val")).batches())
+
+
+def test_closing_a_feed_ends_the_thread_of_a_pass_that_was_left():
+    before, loader = threading.active_count(), DataLoader(range(40), 2, timeout=9)
+    feed = Feed(source(loader), steps_per_epoch=3)
+    list(feed.epoch())
+    assert threading.active_count() == before + 1
+    feed.close()
+    assert threading.active_count() == before
+
+
+def test_closing_a_feed_leaves_a_users_generator_open():
+    numbers = (number for number in range(9))
+    feed = Feed(source(numbers), steps_per_epoch=3)
+    list(feed.epoch())
+    feed.close()
+    assert next(numbers) == 3

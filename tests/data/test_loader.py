@@ -400,6 +400,18 @@ def test_an_iterable_is_batched_in_its_order_each_epoch(drop_last):
     assert rows(loader) == rows(loader) == expected
 
 
+def test_a_torch_iterable_dataset_with_a_length_is_iterated_over():
+    class Numbers(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return iter(range(5))
+
+    loader = DataLoader(Numbers(), batch_size=2)
+    assert (len(loader), rows(loader)) == (3, [[0, 1], [2, 3], [4]])
+
+
 def test_an_iterable_has_no_length():
     with pytest.raises(TypeError, match="Stream"):
         len(DataLoader(Stream(10)))

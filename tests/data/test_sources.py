@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from worker_datasets import StatefulStream
 
 from mlx_fit.data import ConcatDataset, DataLoader, order
 from mlx_fit.data.sources import as_source, split_rows
@@ -240,3 +241,14 @@ def test_parts_that_are_none_at_the_end_are_left_out():
     x = np.ones((4, 2))
     [batch] = as_source((x, x, None), batch_size=4, shuffle=False, seed=0).batches(0)
     assert len(batch) == 2
+
+
+def test_a_batch_of_a_stateful_stream_that_was_not_taken_is_read_again():
+    data = source(DataLoader(StatefulStream(12), 4))
+    batches = data.batches(0)
+    next(batches)
+    position = data.position(1, untaken=next(batches))
+    resumed = source(DataLoader(StatefulStream(12), 4))
+    resumed.restore(position, 1)
+    with pytest.warns(UserWarning, match="first 4 rows"):
+        assert next(resumed.batches(0)).tolist() == [4, 5, 6, 7]
