@@ -14,7 +14,19 @@ from mlx_fit.runtime import blas as _blas
 
 _blas.preload()
 
-from mlx_fit import callbacks, data, datasets, errors, finetune, losses, metrics, schedules, text
+from mlx_fit import (
+    callbacks,
+    data,
+    datasets,
+    errors,
+    finetune,
+    interop,
+    lightning,
+    losses,
+    metrics,
+    schedules,
+    text,
+)
 from mlx_fit._version import __version__
 from mlx_fit.callbacks import (
     EMA,
@@ -130,6 +142,8 @@ __all__ = [
     "errors",
     "find_learning_rate",
     "finetune",
+    "interop",
+    "lightning",
     "losses",
     "metrics",
     "schedules",

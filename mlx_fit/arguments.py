@@ -35,6 +35,16 @@ STATE_KEYS = (
 
 def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     """Training and validation data of ``fit``, the latter split off where asked for."""
+    if isinstance(train, nn.Module):
+        raise ConfigurationError(
+            f"fit(model, loader) got the model {type(train).__name__}, as Lightning's fit does; "
+            "here the trainer has its model. Write Trainer(model, optimizer, ...).fit(loader, val)."
+        )
+    if callable(getattr(train, "train_dataloader", None)):
+        raise ConfigurationError(
+            f"fit got a {type(train).__name__}, which makes loaders. Write "
+            "train, val = mlx_fit.lightning.loaders(datamodule), then fit(train, val)."
+        )
     if is_array(train) and is_array(val):
         raise ConfigurationError(
             "fit(x, y) got two arrays: the second argument is validation data. Write "
@@ -60,6 +70,12 @@ def check_trainer(
         raise ConfigurationError(
             f"model is {type(model).__name__}; expected an mlx.nn.Module. The weights of a torch "
             "module must be copied into an mlx.nn model first."
+        )
+    if type(optimizer).__module__.startswith("torch.optim"):
+        raise ConfigurationError(
+            f"optimizer is PyTorch's {type(optimizer).__name__}, which cannot update MLX arrays. "
+            "Use an MLX one: mlx_fit.interop.torch.optimizers has SGD, Adam, AdamW and RMSprop "
+            "with PyTorch's arguments and arithmetic; param_groups makes groups."
         )
     if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
         raise ConfigurationError(

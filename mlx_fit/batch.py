@@ -93,10 +93,15 @@ def is_torch_tensor(value: object) -> bool:
 
 
 def _from_torch(tensor: Any) -> mx.array:
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu()  # both leave a plain tensor as it is
     if str(tensor.dtype) == "torch.bfloat16":  # which NumPy does not have
         return mx.array(tensor.float().numpy()).astype(mx.bfloat16)
-    return _from_numpy(tensor.numpy())
+    try:
+        return _from_numpy(tensor.numpy())
+    except TypeError as error:
+        raise DataError(
+            f"A batch holds Tensor data that NumPy cannot read: {error} Give dense tensors."
+        ) from error
 
 
 def _from_numpy(leaf: Any) -> mx.array:
@@ -108,7 +113,7 @@ def _from_numpy(leaf: Any) -> mx.array:
     except Exception as error:
         raise DataError(
             f"A batch holds {type(leaf).__name__} data that NumPy cannot read: {error} Give NumPy "
-            "or MLX arrays."
+            "or MLX arrays, or dense tensors."
         ) from error
     if array.dtype.kind not in "fiubc":
         raise DataError(

@@ -420,6 +420,7 @@ class Trainer(Stateful):
             return history
         finally:
             self._fit = None
+            given.feed.close()  # a callback's traceback must not keep workers alive
             self._num_passes = given.feed.start_epoch + given.feed.passes_finished
 
     def _resume(self, given: Prepared) -> Resumption | None:

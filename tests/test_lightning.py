@@ -1,0 +1,176 @@
+"""Modules with steps of their own, against the same model in a plain trainer."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from mlx_fit import Trainer
+from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.lightning import LightningModule, lightning_trainer, loaders
+
+
+class Classifier(LightningModule):
+    def __init__(self, optimizer=None):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.given = optimizer
+
+    def forward(self, x):
+        return self.fc(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = self(x)
+        loss = nn.losses.cross_entropy(outputs, y, reduction="mean")
+        self.log("train_acc", (outputs.argmax(-1) == y).mean())
+        return {"loss": loss}
+
+    def validation_step(self, batch):
+        x, y = batch
+        outputs = self(x)
+        self.log_dict(
+            {
+                "val_loss": nn.losses.cross_entropy(outputs, y, reduction="mean"),
+                "val_acc": (outputs.argmax(-1) == y).mean(),
+            }
+        )
+
+    def configure_optimizers(self):
+        return optim.SGD(0.1) if self.given is None else self.given
+
+
+@pytest.fixture
+def data(rng):
+    return rng.normal(size=(20, 4)).astype("f"), rng.integers(0, 3, 20)
+
+
+def test_a_module_trains_as_the_plain_model_does(data):
+    module, model = Classifier(), nn.Linear(4, 3)
+    model.update(module.fc.parameters())
+    options = {"epochs": 3, "shuffle": False, "verbose": 0}
+    got = lightning_trainer(module, batch_size=8).fit(data, data, **options)
+    trainer = Trainer(model, optim.SGD(0.1), "cross_entropy", ["accuracy"], batch_size=8)
+    expected = trainer.fit(data, data, **options)
+    for key, name in (
+        *(("loss", "loss"), ("train_acc", "accuracy")),
+        *(("val_loss", "val_loss"), ("val_acc", "val_accuracy")),
+    ):
+        np.testing.assert_allclose(got.history[key], expected.history[name], rtol=1e-5)
+    assert mx.array_equal(module.fc.weight, model.weight)
+
+
+def test_forward_is_what_predict_gives(data):
+    module = Classifier()
+    np.testing.assert_allclose(
+        lightning_trainer(module).predict(data[0], verbose=0),
+        np.array(module.fc(mx.array(data[0]))),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda o: o, lambda o: [o], lambda o: ([o], []), lambda o: {"optimizer": o}]
+)
+def test_an_optimizer_comes_in_lightnings_wrappings(wrap):
+    optimizer = optim.SGD(0.1)
+    assert lightning_trainer(Classifier(wrap(optimizer))).optimizer is optimizer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([optim.SGD(0.1), optim.SGD(0.1)], "2 optimizers.*param_groups"),
+        (([optim.SGD(0.1)], ["cosine"]), "schedules.warmup_cosine"),
+        ({"optimizer": optim.SGD(0.1), "lr_scheduler": 1}, r"\['lr_scheduler'\]"),
+        ("adam", "a str; expected an MLX optimizer"),
+    ],
+)
+def test_what_an_optimizer_cannot_be_is_told(given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        lightning_trainer(Classifier(given))
+
+
+def test_validation_without_a_step_of_its_own_takes_that_of_training(data):
+    class Plain(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            return nn.losses.cross_entropy(self.fc(batch[0]), batch[1], reduction="mean")
+
+        def configure_optimizers(self):
+            return optim.SGD(0.1)
+
+    history = lightning_trainer(Plain()).fit(data, data, verbose=0)
+    assert set(history.history) == {"loss", "val_loss", "learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda self, batch: self.fc(batch[0]).mean().backward(), r"\.backward.*return the loss"),
+        (lambda self, batch: self.fc(batch[0].cuda()).mean(), r"\.cuda.*unified memory"),
+        (lambda self, batch: self.fc(batch[0]).detach().mean(), "stop_gradient"),
+        (lambda self, batch: None, "returned no loss. Return it"),
+        (lambda self, batch: self.log("a", 1, prog_bar=True), "prog_bar=.*leave the options out"),
+    ],
+)
+def test_habits_without_counterpart_are_named_with_their_replacement(step, message, data):
+    class Module(Classifier):
+        training_step = step
+
+    with pytest.raises(ConfigurationError, match=message):
+        lightning_trainer(Module()).fit(data, verbose=0)
+
+
+def test_logging_outside_of_a_step_is_told():
+    with pytest.raises(ConfigurationError, match="outside of a step"):
+        Classifier().log("a", 1)
+
+
+def test_a_module_that_is_none_is_told():
+    with pytest.raises(ConfigurationError, match="module is a Linear"):
+        lightning_trainer(nn.Linear(1, 1))
+    with pytest.raises(ConfigurationError, match=r"\['loss'\] come from the module"):
+        lightning_trainer(Classifier(), loss="mse")
+
+
+class DataModule:
+    def __init__(self, data, num_val=1):
+        self.calls = []
+        self.data = data
+        self.num_val = num_val
+
+    def prepare_data(self):
+        self.calls.append("prepare")
+
+    def setup(self, stage):
+        self.calls.append(stage)
+
+    def train_dataloader(self):
+        return [self.data]
+
+    def val_dataloader(self):
+        return [[self.data]] * self.num_val
+
+
+@pytest.mark.parametrize(("num_val", "keys"), [(0, []), (1, ["val_loss"]), (2, ["val_0_loss"])])
+def test_a_data_module_gives_its_loaders(num_val, keys, data):
+    module = DataModule(data, num_val)
+    train, val = loaders(module)
+    assert module.calls == ["prepare", "fit"]
+    history = lightning_trainer(Classifier()).fit(train, val, verbose=0)
+    assert set(keys) <= set(history.history)
+    assert any(key.startswith("val") for key in history.history) == (num_val > 0)
+
+
+def test_a_data_module_given_to_fit_is_told_the_right_call(data):
+    with pytest.raises(ConfigurationError, match=r"lightning\.loaders"):
+        lightning_trainer(Classifier()).fit(DataModule(data))
+    with pytest.raises(DataError, match="train_dataloader"):
+        loaders([data])
