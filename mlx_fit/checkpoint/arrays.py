@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -63,6 +62,8 @@ def write_file(
         NonFiniteArrays: some of ``finite`` are not. The file is left unfinished.
         OSError: it could not be written.
     """
+    import hashlib  # slow to import: it loads OpenSSL
+
     views = {
         name: (_NAMES[array.dtype], array.shape, view(array)) for name, array in arrays.items()
     }
@@ -120,6 +121,8 @@ def _is_finite(chunk: np.ndarray, dtype: str) -> bool:
 
 def sha256_of(array: mx.array) -> str:
     """The SHA-256 of an evaluated array's bytes."""
+    import hashlib  # slow to import: it loads OpenSSL
+
     digest = hashlib.sha256()
     for chunk in _chunks(view(array)):
         digest.update(chunk.data)
@@ -133,6 +136,8 @@ def verify_file(path: Path, expected: Mapping[str, Any]) -> None:
         CheckpointError: it is missing.
         CheckpointCorruptError: it is no regular file, or has another size or hash.
     """
+    import hashlib  # slow to import: it loads OpenSSL
+
     try:
         found = path.lstat()
     except OSError as error:

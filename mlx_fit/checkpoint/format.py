@@ -8,7 +8,6 @@ Imports layer 2: checkpoint.arrays, checkpoint.codec.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -160,6 +159,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, hashes: dict[str, str]) -
 
 
 def _sealed(document: Mapping[str, Any]) -> bytes:
+    import hashlib  # slow to import: it loads OpenSSL
+
     lines = [f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in document.items()]
     text = ("{\n" + ",\n".join(lines)).encode()
     digest = hashlib.sha256(text).hexdigest()
@@ -173,6 +174,8 @@ def read_document(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none: not a checkpoint, or one that was never finished.
         CheckpointCorruptError: it is damaged, or no state of ours.
     """
+    import hashlib  # slow to import: it loads OpenSSL
+
     path = folder / STATE
     try:
         found = path.lstat()

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -152,6 +151,8 @@ def write_folder(place: Path, snapshot: Snapshot, hashes: dict[str, str]) -> Non
         CheckpointWriteError: it could not be written; what was there is untouched.
         NonFiniteLossError: weights or optimizer state hold NaN or infinity.
     """
+    import shutil  # slow to import: it loads every compression
+
     label = f"{place.name}-{os.urandom(8).hex()}"
     staged = place.with_name(f".tmp-{label}")
     try:
