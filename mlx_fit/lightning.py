@@ -100,7 +100,10 @@ class LightningModule(nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs for inputs: what ``predict`` gives."""
-        raise NotImplementedError(f"{type(self).__name__} defines no forward().")
+        raise ConfigurationError(
+            f"{type(self).__name__} has no forward(), which predict and self(x) call. Define "
+            "forward(self, x), or call a layer of the module instead."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

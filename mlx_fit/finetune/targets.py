@@ -22,6 +22,16 @@ from mlx_fit.finetune.blocks import (
 
 
 def targeted(model: nn.Module, targets: Iterable[str] | str | None) -> list[str]:
+    """Names of the layers to adapt, in the model's order.
+
+    Args:
+        model: the model.
+        targets: names of layers, the ends of such, or patterns; None: every linear layer in the
+            blocks, never the head.
+
+    Raises:
+        ConfigurationError: a target stands for no layer that can be adapted; lists those that can.
+    """
     modules = dict(ordered_modules(model))
     candidates = [name for name, module in modules.items() if name and is_adaptable(module)]
     if targets is None:
@@ -72,6 +82,11 @@ def _tail(name: str) -> str:
 
 
 def in_last_layers(model: nn.Module, names: list[str], last_layers: int) -> list[str]:
+    """The names that do not lie in an earlier block than the last ``last_layers``.
+
+    Raises:
+        ConfigurationError: there are fewer blocks, or no name is left.
+    """
     blocks = require_blocks(model, "last_layers")
     count = len(blocks.modules)
     if natural("last_layers", last_layers, 1) > count:
@@ -90,6 +105,17 @@ def in_last_layers(model: nn.Module, names: list[str], last_layers: int) -> list
 def by_pattern(
     argument: str, pattern: Mapping[str, Any] | None, names: list[str], default: Any
 ) -> dict[str, Any]:
+    """A value for each name: the last entry of ``pattern`` that stands for it, else ``default``.
+
+    Args:
+        argument: what the user calls ``pattern``, for the message.
+        pattern: target -> value.
+        names: the adapted layers.
+        default: for names without an entry.
+
+    Raises:
+        ConfigurationError: an entry stands for none of the names.
+    """
     values = dict.fromkeys(names, default)
     for target, value in (pattern or {}).items():
         matches = [name for name in names if is_target(name, target)]

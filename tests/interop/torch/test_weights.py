@@ -329,7 +329,10 @@ def test_the_beginning_of_all_names_is_empty():
 
 def test_names_as_in_mlx_are_taken_too():
     theirs = named(layers=tnn.Sequential(tnn.Linear(3, 5), tnn.ReLU(), tnn.Linear(5, 2)))
-    load_weights(two_layers(), theirs)
+    ours = two_layers()
+    load_weights(ours, theirs)
+    for mine, other in ((ours.layers[0], theirs.layers[0]), (ours.layers[2], theirs.layers[2])):
+        np.testing.assert_array_equal(mine.weight, other.weight.detach().numpy())
 
 
 def test_wrappers_of_models_and_checkpoints_are_seen_through():
