@@ -70,6 +70,10 @@ class CheckpointPolicy:
             raise ConfigurationError(
                 f"CheckpointPolicy(monitor={self.monitor!r}) does nothing without keep_best."
             )
+        if self.mode != "auto" and self.monitor is None:
+            raise ConfigurationError(
+                f"CheckpointPolicy(mode={self.mode!r}) does nothing without keep_best and monitor."
+            )
         for name, allowed in (("mode", ("auto", "min", "max")), ("frozen", ("write", "expect"))):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(

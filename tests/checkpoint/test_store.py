@@ -166,6 +166,7 @@ def test_when_to_save_is_checked(every):
         {"keep_best": -1},
         {"keep_best": 1},
         {"monitor": "loss"},
+        {"mode": "min"},
         {"background": "yes"},
         {"frozen": "no"},
         {"keep_best": 1, "monitor": "loss", "mode": "best"},
