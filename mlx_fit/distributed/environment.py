@@ -17,8 +17,12 @@ from mlx_fit.errors import ConfigurationError
 CONTROL = "MLX_FIT_CONTROL"  # rank 0's host:port for the control plane
 TOKEN = "MLX_FIT_TOKEN"  # what ranks of one run have in common
 RESTART = "MLX_FIT_RESTART"  # how often the launcher has started the ranks again
-LAUNCHER = "MLX_FIT_LAUNCHER"  # process id of the launcher, for ranks on its machine
 PORT_OFFSET = 1000
+# What describes a run; a launcher that runs within another one does not pass it on.
+OF_A_RUN = (
+    *("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR"),
+    *("NCCL_HOST_IP", "NCCL_PORT", CONTROL, TOKEN, RESTART),
+)
 
 
 @dataclass(frozen=True)
