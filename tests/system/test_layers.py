@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
     *("signals", "timing", "plan", "loop", "passes", "saving", "resuming", "arguments"),
-    *("preparing", "recorder", "fit", "stateful", "trainer", "lightning"),
+    *("preparing", "recorder", "fit_state", "fit", "stateful", "trainer", "lightning"),
     *("distributed", "cli"),
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
