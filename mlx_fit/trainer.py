@@ -351,7 +351,8 @@ class Trainer(Stateful):
         verbose: int | str = "auto",
     ) -> Iterator[Any]:
         """Like :meth:`predict`, batch by batch: memory for one batch of outputs only."""
-        source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
+        size = self.batch_size if batch_size is None else batch_size
+        source = evaluation_source(data, size, stage="predict")
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
         step = self._prediction_step
