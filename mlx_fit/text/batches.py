@@ -71,6 +71,7 @@ class TokenBatches(ABC):
     Attributes:
         dataset, batch_size, seed: as given.
         lengths: tokens of each item, int64.
+        draws_seed: whether no seed was given.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -82,7 +83,7 @@ class TokenBatches(ABC):
         self.batch_size = natural("batch_size", batch_size, 1)
         self.lengths = lengths_of(dataset)
         self.seed = int.from_bytes(os.urandom(4), "big") if seed is None else natural("seed", seed)
-        self._draws_seed = seed is None
+        self.draws_seed = seed is None
         self._position = _Position(epoch=0, batches_consumed=0)
         self._is_loaded = False  # the position is where to start, not where an iterator has come
         self._planned: tuple[tuple[int, int], list[Any]] | None = None
@@ -145,7 +146,7 @@ class TokenBatches(ABC):
         if not isinstance(state, dict) or state.keys() != current.keys():
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ResumeError(f"Not a {kind} state: expected {sorted(current)}, found {found}.")
-        free = {"epoch", "batches_consumed"} | ({"seed"} if self._draws_seed else set())
+        free = {"epoch", "batches_consumed"} | ({"seed"} if self.draws_seed else set())
         for field in current:
             if field not in free and state[field] != current[field]:
                 raise ResumeError(
