@@ -70,7 +70,8 @@ def of_first(ranks: Communicator, value: T) -> T:
     """Rank 0's value."""
     if ranks.size == 1:
         return value
-    return unpack(ranks.gather(pack(value if ranks.rank == 0 else None))[0])  # type: ignore[no-any-return]
+    found: T = unpack(ranks.gather(pack(value if ranks.rank == 0 else None))[0])
+    return found
 
 
 def first_known(ranks: Communicator, value: T | None) -> T | None:
@@ -114,8 +115,12 @@ def first_alone(ranks: Communicator, act: Callable[[], T], step: int = 0) -> T:
     if ranks.size == 1:
         return act()
     found: list[T] = []
-    on_first(ranks, lambda: found.append(act()), step)
-    together(ranks, lambda: ranks.rank == 0 or found.append(act()))
+
+    def keep() -> None:
+        found.append(act())
+
+    on_first(ranks, keep, step)
+    together(ranks, keep if ranks.rank else _nothing, step)
     return found[0]
 
 

@@ -27,7 +27,8 @@ class Ending:
         history: where the reason of a stop is written.
 
     Attributes:
-        save_at: the ``time.perf_counter()`` from which on a save is due.
+        save_at: the ``time.perf_counter()`` from which on a save is due; with several ranks the
+            infinite past or future, as rank 0's clock says.
     """
 
     def __init__(self, run: Run, interruption: Interruption, history: History) -> None:
@@ -39,7 +40,7 @@ class Ending:
         self._history = history
         self._stops = False
         self._signal: str | None = None
-        self._saves = False
+        self._clock = math.inf
 
     @property
     def stops(self) -> bool:
@@ -51,10 +52,20 @@ class Ending:
         """The signal that interrupted the run, or None."""
         return self._interruption.name if self._is_alone else self._signal
 
-    @property
-    def is_save_due(self) -> bool:
-        """Whether the clock asks for a save; that of rank 0 counts."""
-        return perf_counter() >= self.save_at if self._is_alone else self._saves
+    def is_now(self, is_window_open: bool) -> bool:
+        """Whether to end after this batch.
+
+        A signal lets an open window close: a resumed run must cut windows in the same places.
+        """
+        if self._is_alone:
+            is_interrupted = self._interruption.name is not None
+            return self._run.stop_training or (is_interrupted and not is_window_open)
+        return self._stops or (self._signal is not None and not is_window_open)
+
+    def set_clock(self, due_at: float) -> None:
+        """When the next save is due, as ``time.perf_counter()`` counts."""
+        self._clock = due_at
+        self.save_at = due_at if self._is_alone else math.inf
 
     def decide(self, reason: str) -> None:
         """End training here, for a reason that all ranks see at the same step."""
@@ -65,7 +76,7 @@ class Ending:
 
     def wishes(self) -> list[float]:
         """What this rank asks for, as numbers to be summed over the ranks."""
-        is_late = self._ranks.rank == 0 and perf_counter() >= self.save_at
+        is_late = self._ranks.rank == 0 and perf_counter() >= self._clock
         name = self._interruption.name
         return [
             float(self._run.stop_training),
@@ -76,7 +87,7 @@ class Ending:
     def hear(self, totals: list[float]) -> None:
         """What all ranks together ask for."""
         stops, *signals, saves = totals
-        self._saves = saves > 0
+        self.save_at = -math.inf if saves else math.inf
         for name, count in zip(SIGNALS, signals, strict=True):
             if count:
                 self._signal = name  # SIGTERM, the last, counts more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -215,14 +216,12 @@ class Fit:
 
     def _is_over(self) -> bool:
         """After a batch: do what is due at this step, and say whether the epoch ends here."""
-        step = self._step
+        step, ending = self._step, self._ending
         if not step.window_open and (
-            step.num_windows >= self._at.next_event or self._ending.is_save_due
+            step.num_windows >= self._at.next_event or perf_counter() >= ending.save_at
         ):
             self._event()
-        # A signal lets an open window close: a resumed run must cut windows in the same places.
-        is_interrupted = self._ending.signal is not None and not step.window_open
-        return self._ending.stops or is_interrupted
+        return ending.is_now(step.window_open)
 
     def _event(self) -> None:
         """Record, validate or end, whatever falls on this step."""
@@ -246,7 +245,8 @@ class Fit:
         self._plan_next_event()
         if validated is not None:
             self._callbacks.call_last("on_validation_end", validated)
-        if self._saver is not None and self._saver.is_due(done, self._ending.is_save_due):
+        is_late = perf_counter() >= self._ending.save_at
+        if self._saver is not None and self._saver.is_due(done, is_late):
             self._at.save()
 
     def _plan_next_event(self) -> None:

@@ -77,7 +77,7 @@ class FitState:
         self.validated: dict[str, Any] = {}
         self.validated_at = -1
         self.next_event: float = 0
-        ending.save_at = math.inf if saver is None else saver.due_at
+        ending.set_clock(math.inf if saver is None else saver.due_at)
         self.first_step = run.step - step.num_windows
         self.recorder = StepRecorder(history, step, self.first_step)
         self._kept: TrainState | None = None  # between batches: the last safe place
@@ -162,7 +162,7 @@ class FitState:
         self._check()
         state = self._kept or self.state()
         self._saver.save(state, _mark(state))
-        self._ending.save_at = self._saver.due_at
+        self._ending.set_clock(self._saver.due_at)
 
     def save_end(self) -> None:
         """Save where the fit has ended, and wait until everything is on disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from mlx_fit.checks import natural
 from mlx_fit.data.arrays import flatten, skeleton, unflatten
 from mlx_fit.errors import ConfigurationError
 
-__all__ = ["Sharded", "check_replica", "share", "without_rows"]
+__all__ = ["Sharded", "Splittable", "check_replica", "share", "without_rows"]
 
 
 def share(rows: Any, num_replicas: int, rank: int) -> Any:
@@ -45,6 +46,22 @@ def check_replica(num_replicas: Any, rank: Any) -> tuple[int, int]:
             f"rank={rank} of num_replicas={num_replicas}; ranks are counted from 0."
         )
     return num_replicas, rank
+
+
+class Splittable(ABC):
+    """A loader of batches that are the same on all ranks, and are split row by row.
+
+    Attributes:
+        seed: of its order.
+        draws_seed: whether none was given.
+    """
+
+    seed: int
+    draws_seed: bool
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what decides the batches."""
 
 
 class Sharded:

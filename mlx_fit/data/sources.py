@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from mlx_fit.batch import num_rows
-from mlx_fit.data.arrays import is_array, is_scalar
+from mlx_fit.data.arrays import flatten, is_array, is_scalar
 from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
 from mlx_fit.data.loader import DataLoader
 from mlx_fit.errors import ConfigurationError, DataError, ResumeError
@@ -364,11 +366,24 @@ def _rows(data: Any, name: str) -> Any | None:
             )
         data = data[0] if len(data) == 1 else data
     if isinstance(data, tuple | dict) or is_array(data):
+        _check_no_objects(data, name)
         try:
             return rows_of(data)
         except DataError as error:
             raise DataError(f"{name}: {error}", field=error.field) from error
     return data if is_dataset(data) else None
+
+
+def _check_no_objects(data: Any, name: str) -> None:
+    for path, leaf in flatten(data):
+        if isinstance(leaf, np.ndarray) and leaf.dtype == object:
+            where = path or "x"
+            raise DataError(
+                f"{name}: {where} is an array of Python objects (dtype object, shape "
+                f"{leaf.shape}); expected numbers. Convert it, for example with "
+                f"{where}.astype(numpy.float32), and pad rows of different lengths to one.",
+                field=where,
+            )
 
 
 def _refused(data: Any, name: str) -> DataError:

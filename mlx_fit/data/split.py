@@ -1,6 +1,6 @@
 """Data for several ranks: each batch is split, or each rank brings its own.
 
-Imports layer 2: communicator, data.loader, data.shares, data.sources, text.batches.
+Imports layer 2: communicator, data.loader, data.shares, data.sources.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_fit.batch import is_empty
 from mlx_fit.communicator import check_same, gather, of_first
 from mlx_fit.data.loader import DataLoader
-from mlx_fit.data.shares import share
+from mlx_fit.data.shares import Splittable, share
 from mlx_fit.data.sources import BatchSource, RowSource, Source
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.protocols import Communicator
-from mlx_fit.text.batches import TokenBatches
 
 __all__ = ["split_over"]
 
@@ -42,7 +42,7 @@ def split_over(source: Source, ranks: Communicator, joins: bool = False) -> Sour
         return source
     if isinstance(source, RowSource):
         return SplitSource(source, ranks)
-    if isinstance(source, BatchSource) and isinstance(source.iterable, DataLoader | TokenBatches):
+    if isinstance(source, BatchSource) and isinstance(source.iterable, DataLoader | Splittable):
         return SplitSource(source, ranks)
     return JoinedSource(source, ranks) if joins else source
 
@@ -134,7 +134,7 @@ class JoinedSource(Source):
             batch = next(batches, _END)
             has_batch = batch is not _END
             (total,) = ranks.sum([mx.array(float(has_batch))])
-            count = int(total.item())
+            count = round(float(np.array(total)))
             if count == 0 or (count < ranks.size and ranks.uneven == "stop"):
                 return
             yield None if not has_batch or is_empty(batch) else batch

@@ -1,9 +1,12 @@
-"""What loaders of token batches share: epochs, position, state. Imports layer 2: text.items."""
+"""What loaders of token batches share: epochs, position, state.
+
+Imports layer 2: data.shares, text.items.
+"""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 from mlx_fit.batch import TextBatch
 from mlx_fit.checks import natural
 from mlx_fit.data.order import ORDER_VERSION
+from mlx_fit.data.shares import Splittable
 from mlx_fit.errors import ResumeError
 from mlx_fit.text.items import item, lengths_of
 
@@ -57,7 +61,7 @@ class _Position:
     batches_consumed: int
 
 
-class TokenBatches(ABC):
+class TokenBatches(Splittable):
     """Batches of ``(tokens, mask)`` items, planned by length for each epoch.
 
     The plan of an epoch is a function of the lengths, the seed and the epoch, so the position is
