@@ -221,11 +221,13 @@ class Shared:
     Attributes:
         window: ``[gradients, weight, num_bad]``: sums over the ranks; empty where there is nothing
             to update with.
-        vector: packed sums of the window's logs, None where nobody had samples.
+        vector: packed sums of the window's logs.
+        logs_skip: whether these say that the window was left out.
     """
 
     window: list[Any]
-    vector: mx.array | None
+    vector: mx.array
+    logs_skip: bool
 
 
 class Votes(Protocol):

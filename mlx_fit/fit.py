@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fit.callbacks.base import CallbackList
-from mlx_fit.communicator import first_known, join_rows, of_first
+from mlx_fit.communicator import first_known, join_rows
 from mlx_fit.ending import Ending
 from mlx_fit.errors import Preempted
 from mlx_fit.evaluation import EvaluationStep
@@ -103,8 +103,11 @@ class Fit:
         elif self._ending.stops and self._history.stopped_by is None:
             self._history.stopped_by = "stop_training"
         self._raise_if_terminated()
-        if run.communicator.size > 1:  # what only rank 0 has seen, such as its memory, included
-            self._history.load_state_dict(of_first(run.communicator, self._history.state_dict()))
+        if run.communicator.size > 1:  # what only one rank has seen, such as its memory, included
+            is_known = bool(self._step.sums.layout.computes)
+            rows = self._history.state_dict()
+            known = first_known(run.communicator, rows if is_known else None)
+            self._history.load_state_dict(known or rows)
         return self._history
 
     def _epochs_to_run(self) -> range:

@@ -241,9 +241,9 @@ class TrainStep:
         sums = self.sums
         shared = exchange.close(self.model, self._window, sums, self.num_windows)
         sums.batch, sums.open = shared.vector, []
-        if shared.vector is not None:
-            sums.pending.append(shared.vector)
-            sums.tags.append(self.num_windows + 1)
+        sums.pending.append(shared.vector)
+        sums.tags.append(self.num_windows + 1)
+        self.num_skipped -= shared.logs_skip
         return shared.window
 
     def _skip_window(self) -> None:

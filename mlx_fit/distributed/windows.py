@@ -92,16 +92,23 @@ class Windows:
         vector = found[len(head) :]
         if values[3]:
             vector = self._grow(sums)
-        return self._shared(model, window, vector, values[0], values[1])
+        return self._shared(model, window, sums, vector, values[0], values[1])
 
     def _shared(
-        self, model: nn.Module, window: list[Any], vector: mx.array, weight: float, num_bad: float
+        self,
+        model: nn.Module,
+        window: list[Any],
+        sums: Sums,
+        vector: mx.array,
+        weight: float,
+        num_bad: float,
     ) -> Shared:
-        if num_bad and self._drops_whole and not self._scales_loss:
-            weight, vector = 0.0, mx.zeros_like(vector)
+        is_bad = bool(num_bad) and self._drops_whole and not self._scales_loss
+        if is_bad:
+            weight, vector = 0.0, self._skipped(sums, vector)
         if not weight and not (num_bad and self._scales_loss):
             assign(model, self._statistics.items())
-            return Shared([], vector)
+            return Shared([], vector, is_bad)
         if not window:
             parameters = model.trainable_parameters()
             zeros = {n: mx.zeros(p.shape, mx.float32) for n, p in named_arrays(parameters)}
@@ -118,7 +125,7 @@ class Windows:
             averaged = {n: (s / weight).astype(dtypes[n]) for n, s in statistics.items()}
             assign(model, averaged.items())
         tree = unnamed(window[0], gradients)
-        return Shared([tree, mx.array(weight), mx.array(num_bad)], vector)
+        return Shared([tree, mx.array(weight), mx.array(num_bad)], vector, False)
 
     def update(self, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
         """Apply a window; collective where the strategy exchanges weights."""
@@ -135,6 +142,12 @@ class Windows:
         for vector in vectors:
             total = total + mx.pad(vector, (0, self._capacity - vector.size))
         return total
+
+    @staticmethod
+    def _skipped(sums: Sums, vector: mx.array) -> mx.array:
+        """The logs of a window that is left out: that it was, and nothing else."""
+        lanes = sums.layout.lanes("skipped_updates")
+        return sum((mx.arange(vector.size) == lane for lane in lanes), mx.zeros_like(vector))
 
     def _grow(self, sums: Sums) -> mx.array:
         """Agree on more lanes, and on what is in them; then sum once more."""
