@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         callbacks,
         data,
         datasets,
+        distributed,
         errors,
         finetune,
         interop,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from mlx_fit.causal_lm import CausalLM
     from mlx_fit.checkpoint import CheckpointPolicy
     from mlx_fit.data import DataLoader
+    from mlx_fit.distributed import DistributedTrainer, SyncPolicy
     from mlx_fit.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -108,6 +110,7 @@ __all__ = [
     "DeviceError",
     "DeviceMonitor",
     "DistributedError",
+    "DistributedTrainer",
     "EarlyStopping",
     "FreezeUntil",
     "GradientMonitor",
@@ -135,6 +138,7 @@ __all__ = [
     "ResumeError",
     "Sums",
     "Supervised",
+    "SyncPolicy",
     "TensorBoard",
     "TerminateOnNaN",
     "Timer",
@@ -145,6 +149,7 @@ __all__ = [
     "callbacks",
     "data",
     "datasets",
+    "distributed",
     "errors",
     "find_learning_rate",
     "finetune",
@@ -185,6 +190,7 @@ __getattr__, __dir__ = lazy(
         "causal_lm": ("CausalLM",),
         "checkpoint": ("CheckpointPolicy",),
         "data": ("DataLoader",),
+        "distributed": ("DistributedTrainer", "SyncPolicy"),
         "errors": (
             "CheckpointCorruptError",
             "CheckpointError",
@@ -222,6 +228,7 @@ __getattr__, __dir__ = lazy(
         "callbacks",
         "data",
         "datasets",
+        "distributed",
         "errors",
         "finetune",
         "interop",

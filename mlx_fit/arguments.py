@@ -13,11 +13,14 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_fit.checks import natural
+from mlx_fit.communicator import ALONE
 from mlx_fit.data.arrays import is_array
 from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
+from mlx_fit.data.split import split_over
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.protocols import Communicator
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.timing import Schedule
 
@@ -92,7 +95,11 @@ def check_trainer(
 
 
 def evaluation_source(
-    data: Any, batch_size: int, name: str = "data", stage: str = "test"
+    data: Any,
+    batch_size: int,
+    name: str = "data",
+    ranks: Communicator = ALONE,
+    stage: str = "test",
 ) -> Source:
     """Data for evaluation or prediction: in order, never shuffled.
 
@@ -101,10 +108,13 @@ def evaluation_source(
     size = natural("batch_size", batch_size, 1)
     if is_data_module(data):
         data = loader_for(data, stage)
-    return as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+    source = as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+    return split_over(source, ranks)
 
 
-def validation_sets(val: Any, schedule: Schedule, batch_size: int) -> dict[str, Replay]:
+def validation_sets(
+    val: Any, schedule: Schedule, batch_size: int, ranks: Communicator = ALONE
+) -> dict[str, Replay]:
     """The validation sets of ``fit`` by name; the name is ``""`` for a single one."""
     if val is None:
         if schedule.validation_steps is not None or schedule.validation_freq != 1:
@@ -124,7 +134,7 @@ def validation_sets(val: Any, schedule: Schedule, batch_size: int) -> dict[str, 
     return {
         name: Replay(
             evaluation_source(
-                data, batch_size, f"val[{name!r}]" if name else "val", stage="validate"
+                data, batch_size, f"val[{name!r}]" if name else "val", ranks, stage="validate"
             ),
             steps,
         )

@@ -1,12 +1,12 @@
 """What loaders of token batches share: epochs, position, state.
 
-Imports layer 2: text.items, text.tokens.
+Imports layer 2: data.shares, text.items, text.tokens.
 """
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from mlx_fit.batch import TextBatch
 from mlx_fit.checks import natural
 from mlx_fit.data.order import ORDER_VERSION
+from mlx_fit.data.shares import Splittable
 from mlx_fit.errors import ResumeError
 from mlx_fit.text.items import flat, item, lengths_of
 from mlx_fit.text.tokens import TokenStore
@@ -82,7 +83,7 @@ class _Position:
     batches_consumed: int
 
 
-class TokenBatches(ABC):
+class TokenBatches(Splittable):
     """Batches of ``(tokens, mask)`` items, planned by length for each epoch.
 
     The plan of an epoch is a function of the lengths, the seed and the epoch, so the position is
@@ -96,6 +97,7 @@ class TokenBatches(ABC):
     Attributes:
         dataset, batch_size, seed: as given.
         lengths: tokens of each item, int64.
+        draws_seed: whether no seed was given.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -109,7 +111,7 @@ class TokenBatches(ABC):
         store = flat(dataset)
         self._rows = dataset if store is None else store
         self.seed = int.from_bytes(os.urandom(4), "big") if seed is None else natural("seed", seed)
-        self._draws_seed = seed is None
+        self.draws_seed = seed is None
         self._position = _Position(epoch=0, batches_consumed=0)
         self._is_loaded = False  # the position is where to start, not where an iterator has come
         self._planned: tuple[tuple[int, int], list[Any]] | None = None
@@ -172,7 +174,7 @@ class TokenBatches(ABC):
         if not isinstance(state, dict) or state.keys() != current.keys():
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ResumeError(f"Not a {kind} state: expected {sorted(current)}, found {found}.")
-        free = {"epoch", "batches_consumed"} | ({"seed"} if self._draws_seed else set())
+        free = {"epoch", "batches_consumed"} | ({"seed"} if self.draws_seed else set())
         for field in current:
             if field not in free and state[field] != current[field]:
                 raise ResumeError(
