@@ -3,8 +3,10 @@
     trainer = Trainer(model, optimizer, loss="cross_entropy", metrics=["accuracy"])
     history = trainer.fit((x, y), val, epochs=10, callbacks=[EarlyStopping(patience=3)])
 
-Every public name is listed in ``__all__``.
+Every public name is listed in ``__all__``, and imported when it is first used.
 """
+
+from typing import TYPE_CHECKING
 
 # NumPy comes before the BLAS, whose threads spin for a while and would make its import slower.
 import numpy as _numpy  # noqa: F401
@@ -14,74 +16,80 @@ from mlx_fit.runtime import blas as _blas
 
 _blas.preload()
 
-from mlx_fit import (
-    callbacks,
-    data,
-    datasets,
-    errors,
-    finetune,
-    interop,
-    lightning,
-    losses,
-    metrics,
-    schedules,
-    text,
-)
+from mlx_fit._lazy import lazy
 from mlx_fit._version import __version__
-from mlx_fit.callbacks import (
-    EMA,
-    SWA,
-    Callback,
-    CSVLogger,
-    DeviceMonitor,
-    EarlyStopping,
-    FreezeUntil,
-    GradientMonitor,
-    JSONLogger,
-    LambdaCallback,
-    LearningRateFinder,
-    LearningRateScheduler,
-    ModelCheckpoint,
-    Predictions,
-    Profiler,
-    ReduceLROnPlateau,
-    RemoteLogger,
-    TensorBoard,
-    TerminateOnNaN,
-    Timer,
-    find_learning_rate,
-)
-from mlx_fit.causal_lm import CausalLM
-from mlx_fit.checkpoint import CheckpointPolicy
-from mlx_fit.data import DataLoader
-from mlx_fit.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointWriteError,
-    CollectiveTimeoutError,
-    ConfigurationError,
-    DataError,
-    DeviceError,
-    DistributedError,
-    MlxFitError,
-    NonFiniteLossError,
-    OutOfMemoryError,
-    PeerError,
-    PeerLostError,
-    PlanMismatchError,
-    Preempted,
-    RendezvousError,
-    ResumeError,
-    UnknownMonitorError,
-    WorkerError,
-)
-from mlx_fit.history import History
-from mlx_fit.losses import Loss
-from mlx_fit.metrics import Metric
-from mlx_fit.objective import Objective, Sums, Supervised
-from mlx_fit.runtime.device import DeviceConfig
-from mlx_fit.trainer import Trainer
+
+if TYPE_CHECKING:
+    from mlx_fit import (
+        callbacks,
+        data,
+        datasets,
+        distributed,
+        errors,
+        finetune,
+        interop,
+        lightning,
+        losses,
+        metrics,
+        schedules,
+        text,
+    )
+    from mlx_fit.callbacks import (
+        EMA,
+        SWA,
+        Callback,
+        CSVLogger,
+        DeviceMonitor,
+        EarlyStopping,
+        FreezeUntil,
+        GradientMonitor,
+        JSONLogger,
+        LambdaCallback,
+        LearningRateFinder,
+        LearningRateScheduler,
+        ModelCheckpoint,
+        Predictions,
+        Profiler,
+        ReduceLROnPlateau,
+        RemoteLogger,
+        TensorBoard,
+        TerminateOnNaN,
+        Timer,
+        find_learning_rate,
+    )
+    from mlx_fit.causal_lm import CausalLM
+    from mlx_fit.checkpoint import CheckpointPolicy
+    from mlx_fit.data import DataLoader
+    from mlx_fit.distributed import DistributedTrainer, SyncPolicy
+    from mlx_fit.errors import (
+        CheckpointCorruptError,
+        CheckpointError,
+        CheckpointMismatchError,
+        CheckpointWriteError,
+        CollectiveTimeoutError,
+        ConfigurationError,
+        DataError,
+        DeviceError,
+        DistributedError,
+        MlxFitError,
+        NonFiniteLossError,
+        OutOfMemoryError,
+        PeerError,
+        PeerLostError,
+        PlanMismatchError,
+        Preempted,
+        RendezvousError,
+        ResumeError,
+        UnknownMonitorError,
+        WorkerError,
+    )
+    from mlx_fit.history import History
+    from mlx_fit.losses import Loss
+    from mlx_fit.metrics import Metric
+    from mlx_fit.objective import Objective, Sums, Supervised
+    from mlx_fit.runtime.device import DeviceConfig
+    from mlx_fit.trainer import Trainer
+
 
 __all__ = [
     "EMA",
@@ -102,6 +110,7 @@ __all__ = [
     "DeviceError",
     "DeviceMonitor",
     "DistributedError",
+    "DistributedTrainer",
     "EarlyStopping",
     "FreezeUntil",
     "GradientMonitor",
@@ -129,6 +138,7 @@ __all__ = [
     "ResumeError",
     "Sums",
     "Supervised",
+    "SyncPolicy",
     "TensorBoard",
     "TerminateOnNaN",
     "Timer",
@@ -139,6 +149,7 @@ __all__ = [
     "callbacks",
     "data",
     "datasets",
+    "distributed",
     "errors",
     "find_learning_rate",
     "finetune",
@@ -149,3 +160,82 @@ __all__ = [
     "schedules",
     "text",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "callbacks": (
+            "EMA",
+            "SWA",
+            "Callback",
+            "CSVLogger",
+            "DeviceMonitor",
+            "EarlyStopping",
+            "FreezeUntil",
+            "GradientMonitor",
+            "JSONLogger",
+            "LambdaCallback",
+            "LearningRateFinder",
+            "LearningRateScheduler",
+            "ModelCheckpoint",
+            "Predictions",
+            "Profiler",
+            "ReduceLROnPlateau",
+            "RemoteLogger",
+            "TensorBoard",
+            "TerminateOnNaN",
+            "Timer",
+            "find_learning_rate",
+        ),
+        "causal_lm": ("CausalLM",),
+        "checkpoint": ("CheckpointPolicy",),
+        "data": ("DataLoader",),
+        "distributed": ("DistributedTrainer", "SyncPolicy"),
+        "errors": (
+            "CheckpointCorruptError",
+            "CheckpointError",
+            "CheckpointMismatchError",
+            "CheckpointWriteError",
+            "CollectiveTimeoutError",
+            "ConfigurationError",
+            "DataError",
+            "DeviceError",
+            "DistributedError",
+            "MlxFitError",
+            "NonFiniteLossError",
+            "OutOfMemoryError",
+            "PeerError",
+            "PeerLostError",
+            "PlanMismatchError",
+            "Preempted",
+            "RendezvousError",
+            "ResumeError",
+            "UnknownMonitorError",
+            "WorkerError",
+        ),
+        "history": ("History",),
+        "losses": ("Loss",),
+        "metrics": ("Metric",),
+        "objective": (
+            "Objective",
+            "Sums",
+            "Supervised",
+        ),
+        "runtime.device": ("DeviceConfig",),
+        "trainer": ("Trainer",),
+    },
+    modules=(
+        "callbacks",
+        "data",
+        "datasets",
+        "distributed",
+        "errors",
+        "finetune",
+        "interop",
+        "lightning",
+        "losses",
+        "metrics",
+        "schedules",
+        "text",
+    ),
+)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from mlx_fit.callbacks.base import CallbackList, numbers
-from mlx_fit.errors import (
-    CheckpointError,
-    DeviceError,
-    NonFiniteLossError,
-    Preempted,
-)
+from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.communicator import first_known, join_rows
+from mlx_fit.ending import Ending
+from mlx_fit.errors import Preempted
 from mlx_fit.evaluation import EvaluationStep
+from mlx_fit.fit_state import BATCHES, BEGIN, DONE, EPOCH_END, MAX_STEPS, FitState
 from mlx_fit.history import History
 from mlx_fit.loop import run_batches
 from mlx_fit.passes import evaluate_pass, plain
 from mlx_fit.preparing import Prepared
 from mlx_fit.protocols import Run
-from mlx_fit.recorder import StepRecorder
-from mlx_fit.resuming import Resumption, trusting
+from mlx_fit.resuming import Resumption
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
 from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
-from mlx_fit.trainable import set_trainable, trainable_names
 
 
 class Fit:
@@ -67,50 +62,52 @@ class Fit:
         self._validation = given.validation
         self._callbacks = callbacks
         self._history = history
-        self._interruption = interruption
+        self._ending = ending = Ending(run, interruption, history)
         self._saver = saver
         self._resumption = resumption
-        self._first_step = run.step - step.num_windows
-        self._next_event = 0
-        self._save_at = math.inf if saver is None else saver.due_at
-        self._validated: dict[str, Any] = {}
-        self._validated_at = -1  # the window after which that was
-        self._logs: dict[str, Any] = {}  # of the epoch's training, once it is complete
-        self._phase = BEGIN
-        self._is_cut = False  # a stop ended the epoch before its data did
-        self._whole_state: TrainState | None = None  # between batches: the last safe place
-        self._recorder = StepRecorder(history, step, self._first_step)
-        self._trained_at_first = trainable_names(run.model)  # before callbacks freeze or thaw
+        if step.exchange is not None:
+            step.exchange.votes = ending
+        self._at = FitState(
+            run, step, given.feed, callbacks, history, saver, self._check_loss, ending
+        )
 
     def __call__(self) -> History:
         """Run to the end."""
         try:
             return self._run_epochs()
         except Exception as error:
-            self._save_after(error)
+            self._at.save_after(error)
             raise
 
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
         callbacks.call("on_train_begin", {})
-        self._step.logs_layer_norms = callbacks.wants_layer_norms
+        self._ending.agree()
+        self._step.log_layer_norms(callbacks.wants_layer_norms)
         self._plan_next_event()
         epochs, logs = self._epochs_to_run(), self._history.last
         for epoch in epochs:
             run.epoch = epoch
             logs = self._epoch(epoch)
-            if run.stop_training or self._interruption.name:
+            self._ending.agree()
+            if self._ending.stops or self._ending.signal:
                 break
-        self._save_end()
-        if self._phase == BATCHES:
-            self._recorder.record(run.epoch)  # what a signal has cut off
+        self._at.save_end()
+        if self._at.phase == BATCHES:
+            self._at.recorder.record(run.epoch)  # what a signal has cut off
         self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
-        if self._interruption.name:
-            self._history.stopped_by = self._interruption.name
-        elif run.stop_training and self._history.stopped_by is None:
+        self._ending.agree()
+        if self._ending.signal:
+            self._history.stopped_by = self._ending.signal
+        elif self._ending.stops and self._history.stopped_by is None:
             self._history.stopped_by = "stop_training"
         self._raise_if_terminated()
+        if run.communicator.size > 1:  # what only one rank has seen, such as its memory, included
+            is_known = bool(self._step.sums.layout.computes)
+            rows = self._history.state_dict()
+            known = first_known(run.communicator, rows if is_known else None)
+            self._history.load_state_dict(known or rows)
         return self._history
 
     def _epochs_to_run(self) -> range:
@@ -122,8 +119,8 @@ class Fit:
         first = position["epoch"]
         if position["phase"] == DONE or first >= schedule.epochs:
             first += position["phase"] == DONE
-            self._take_up(self._resumption)
-            if self._run.stop_training:
+            self._go_on(self._resumption)
+            if self._ending.stops:
                 return range(0)
         return range(first, schedule.epochs)
 
@@ -131,44 +128,47 @@ class Fit:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch, validate if it is due, record. Empty if a signal cut it short."""
-        run, callbacks, step = self._run, self._callbacks, self._step
-        self._validated, self._phase, self._is_cut = {}, BEGIN, False
+        run, callbacks, step, at = self._run, self._callbacks, self._step, self._at
+        at.validated, at.phase, at.is_cut = {}, BEGIN, False
         callbacks.call("on_epoch_begin", epoch, {})
         step.start_epoch(run.info.steps_per_epoch)
-        self._recorder.start_epoch()
-        self._whole_state = None  # held on to, it would double the memory of training
+        at.recorder.start_epoch()
+        at.forget_kept()  # held on to, it would double the memory of training
         batches = self._batches()
-        if self._phase != EPOCH_END:
-            self._phase = BATCHES
+        if at.phase != EPOCH_END:
+            at.phase = BATCHES
             self._train(batches)
-            if self._interruption.name and not self._feed.has_ended:
+            if self._ending.signal and not self._feed.has_ended:
                 return {}
-            if self._is_cut:
-                self._save()  # more steps can go on from here as if nothing had ended the epoch
-            self._recorder.record(epoch)
-            self._logs = self._training_logs() | self._update_logs()
-            self._phase = EPOCH_END
-            self._keep_state()
-        logs = {k: v for k, v in self._logs.items() if k not in LAST_KEYS}
-        if self._interruption.name:
+            if at.is_cut:
+                at.save()  # more steps can go on from here as if nothing had ended the epoch
+            at.recorder.record(epoch)
+            join_rows(run.communicator, step.sums)
+            at.logs = self._training_logs() | self._update_logs()
+            if run.communicator.size > 1:
+                at.logs = self._known_logs()
+            at.phase = EPOCH_END
+            at.keep()
+        logs = {k: v for k, v in at.logs.items() if k not in LAST_KEYS}
+        if self._ending.signal:
             return {}
         if self._validation and self._schedule.validates_after(epoch):
             self._validate()
-            if self._interruption.name:
+            if self._ending.signal:
                 # The epoch's training is complete, its end is not: the row is kept, no hook called.
-                self._history.append(epoch, self._logs)
+                self._history.append(epoch, at.logs)
                 return {}
-            callbacks.call_last("on_validation_end", self._validated)
-        logs |= self._validated | {k: v for k, v in self._logs.items() if k in LAST_KEYS}
+            callbacks.call_last("on_validation_end", at.validated)
+        logs |= at.validated | {k: v for k, v in at.logs.items() if k in LAST_KEYS}
         callbacks.call_first("on_epoch_end", epoch, logs)
-        self._phase = DONE
+        at.phase = DONE
         callbacks.call_last("on_epoch_end", epoch, logs)
         self._end_epoch(epoch, logs)
         return logs
 
     def _train(self, batches: Iterator[Any]) -> None:
         """Take the epoch's batches, as many as there are before something ends it."""
-        run, step = self._run, self._step
+        step = self._step
         always, displays = self._callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
@@ -184,18 +184,18 @@ class Fit:
             self._is_over()
         step.drain()
         self._check_loss()
-        self._is_cut = run.stop_training and not self._feed.has_ended
+        self._at.is_cut = self._ending.stops and not self._feed.has_ended
 
     def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         """Save an epoch that is complete, if it is due."""
         if self._saver is None:
             return
         self._saver.check_monitor(logs)
-        if not self._is_cut:
+        if not self._at.is_cut:
             # One that was cut short was saved where it was cut.
-            self._keep_state()
+            self._at.keep()
             if self._saver.is_due_after(epoch):
-                self._save()
+                self._at.save()
 
     def _training_logs(self) -> dict[str, Any]:
         values = self._step.sums.values()
@@ -209,42 +209,48 @@ class Fit:
         rate = self._step.learning_rate
         return logs if rate is None else {"learning_rate": float(np.array(rate)), **logs}
 
+    def _known_logs(self) -> dict[str, Any]:
+        """The epoch's logs, from a rank that has seen a batch and knows how to compute them."""
+        is_known = bool(self._step.sums.layout.computes)
+        found = first_known(self._run.communicator, self._at.logs if is_known else None)
+        return self._at.logs if found is None else found
+
     # --- between batches --------------------------------------------------------------------------
 
     def _is_over(self) -> bool:
         """After a batch: do what is due at this step, and say whether the epoch ends here."""
-        step = self._step
+        step, ending = self._step, self._ending
         if not step.window_open and (
-            step.num_windows >= self._next_event or perf_counter() >= self._save_at
+            step.num_windows >= self._at.next_event or perf_counter() >= ending.save_at
         ):
             self._event()
-        # A signal lets an open window close: a resumed run must cut windows in the same places.
-        is_interrupted = self._interruption.name is not None and not step.window_open
-        return self._run.stop_training or is_interrupted
+        return ending.is_now(step.window_open)
 
     def _event(self) -> None:
         """Record, validate or end, whatever falls on this step."""
         schedule, done = self._schedule, self._step.num_windows
         self._check_loss()
         if done % schedule.log_every == 0:
-            self._recorder.record(self._run.epoch)
+            self._at.recorder.record(self._run.epoch)
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
-            if not self._interruption.name:
-                self._keep_state()  # averages may stand in for the weights while it evaluates
+            if not self._ending.signal:
+                self._at.keep()  # averages may stand in for the weights while it evaluates
                 self._validate()
-            if self._interruption.name:
+            if self._ending.signal:
                 return  # the evaluation stays due, for the run that goes on
-            validated, self._whole_state = self._validated, None
+            validated = self._at.validated
+            self._at.forget_kept()
         else:
             validated = None
         if schedule.max_steps is not None and done >= schedule.max_steps:
-            self._run.request_stop(MAX_STEPS)
+            self._ending.decide(MAX_STEPS)
         self._plan_next_event()
         if validated is not None:
             self._callbacks.call_last("on_validation_end", validated)
-        if self._saver is not None and self._saver.is_due(done):
-            self._save()
+        is_late = perf_counter() >= self._ending.save_at
+        if self._saver is not None and self._saver.is_due(done, is_late):
+            self._at.save()
 
     def _plan_next_event(self) -> None:
         schedule, done = self._schedule, self._step.num_windows
@@ -257,7 +263,7 @@ class Fit:
             marks.append(done + 1)
         if self._saver is not None and (mark := self._saver.next_step(done)) is not None:
             marks.append(mark)
-        self._next_event = min(marks)
+        self._at.next_event = min(marks)
 
     def _check_loss(self) -> None:
         """Raise for a non-finite loss that the step has noted since."""
@@ -265,30 +271,42 @@ class Fit:
         if settled is None or settled.bad_window == 0:
             return
         if self._run.quiet_on_nonfinite:
-            self._run.request_stop("TerminateOnNaN")
+            self._ending.decide("TerminateOnNaN")
             return
-        raise self._step.bad_loss(self._first_step + settled.bad_window, self._run.epoch)
+        raise self._step.bad_loss(self._at.first_step + settled.bad_window, self._run.epoch)
 
     def _raise_if_terminated(self) -> None:
-        if self._interruption.name == "SIGTERM":
+        if self._ending.signal == "SIGTERM":
             self._history.stopped_by = "SIGTERM"
             step = self._run.step
             raise Preempted(f"SIGTERM ended the run after step {step}.", step=step)
 
-    # --- checkpoints ------------------------------------------------------------------------------
+    # --- going on from a checkpoint ---------------------------------------------------------------
 
     def _batches(self) -> Iterator[Any]:
         """The epoch's batches; those that are left, in the epoch in which a resumed run goes on."""
         resumption = self._resumption
         if resumption is None or resumption.is_taken_up:
             return self._feed.epoch()
-        self._take_up(resumption)
+        self._go_on(resumption)
         position = resumption.position
         if position["phase"] == BEGIN:
             return self._feed.epoch()
-        self._phase = position["phase"]
-        is_over = self._phase == BATCHES and self._is_over()
+        self._at.phase = position["phase"]
+        is_over = self._at.phase == BATCHES and self._is_over()
         return iter(()) if is_over else self._feed.rest()
+
+    def _go_on(self, resumption: Resumption) -> None:
+        """Take up a checkpoint's state, then see what is due and whether the limit is reached."""
+        at, max_steps = self._at, self._schedule.max_steps
+        at.take_up(resumption)
+        self._ending.agree()
+        is_event_due = at.next_event == 0
+        self._plan_next_event()
+        if is_event_due:
+            at.next_event = 0
+        if max_steps is not None and self._step.num_windows >= max_steps:
+            self._ending.decide(MAX_STEPS)
 
     def state(self) -> TrainState:
         """Everything that a fresh process needs to go on from here. Host synchronisation.
@@ -296,132 +314,7 @@ class Fit:
         Raises:
             CheckpointError: the data cannot tell where it is.
         """
-        run, step, phase = self._run, self._step, self._phase
-        step.drain()
-        is_event_due = step.num_windows >= self._next_event and not step.window_open
-        feed = self._feed.state_dict(step.num_batches)
-        if feed is None:
-            raise CheckpointError(
-                f"{self._feed.source.name} has given a batch that was not trained on, and cannot "
-                "go back by one."
-            )
-        is_inside = phase in (BATCHES, EPOCH_END)
-        num_passes = feed["start_epoch"] + feed["passes_finished"]
-        position = {
-            "phase": phase,
-            "epoch": run.epoch,
-            "num_batches": step.num_batches if is_inside else 0,
-            "first_step": self._first_step,
-            "trained_at_first": self._trained_at_first,
-            "is_event_due": is_event_due,
-            "stops": run.stop_training,
-            "validated": self._validated,
-            "validated_at": self._validated_at,
-            "logs": self._logs if phase == EPOCH_END else {},
-            "feed": feed,
-            "step": step.state_dict(),
-            "recorder": self._recorder.state_dict(run.epoch),
-        }
-        return TrainState(
-            {**run.state_dict(), "num_passes": num_passes},
-            trainable_names(run.model),
-            position,
-            step.open_window(),
-            step.sums.state_dict() if is_inside else None,
-            self._callbacks.state_dict(),
-            self._history.state_dict(),
-            dict(run.info.arguments),
-            self._newest_values(),
-        )
-
-    def _newest_values(self) -> dict[str, Any]:
-        """What is known of the weights as they are, to find the best checkpoint by."""
-        if self._phase == DONE:
-            return numbers(self._history.last)
-        values = self._step.sums.values()
-        if self._validated_at == self._step.num_windows:
-            values = {**values, **self._validated}
-        return numbers(values)
-
-    def _take_up(self, resumption: Resumption) -> None:
-        """Go to where a checkpoint was taken, past what the hooks have done since the start."""
-        resumption.is_taken_up = True
-        with trusting(resumption.path):
-            self._go_to(resumption)
-
-    def _go_to(self, resumption: Resumption) -> None:
-        state, position, run = resumption.state, resumption.position, self._run
-        if self._history.stopped_by in ASK_AGAIN:  # their limits may be others now
-            self._history.stopped_by = None
-        elif position["stops"]:
-            run.stop_training = True
-        changes = self._callbacks.load_state_dict(state.callbacks) + self._freeze_as(state)
-        resumption.restore()
-        self._step.note_replaced_state()
-        if position["phase"] in (BATCHES, EPOCH_END):
-            # Another batch size gives another number: then the last window closes with the data.
-            num_batches = None if resumption.is_rebatched else run.info.steps_per_epoch
-            self._step.start_epoch(num_batches)
-            self._step.load_state_dict(position["step"], state.sums, state.window)
-        self._recorder.load_state_dict(position["recorder"])
-        self._validated, self._validated_at = position["validated"], position["validated_at"]
-        self._logs = position["logs"]
-        self._plan_next_event()
-        if position["is_event_due"]:
-            self._next_event = 0
-        max_steps = self._schedule.max_steps
-        if max_steps is not None and self._step.num_windows >= max_steps:
-            run.request_stop(MAX_STEPS)
-        resumption.report(changes)
-
-    def _freeze_as(self, state: TrainState) -> list[str]:
-        """Train what was trained, which callbacks may have changed; unless the user did."""
-        assert state.position is not None
-        at_first = state.position["trained_at_first"]
-        if self._trained_at_first in (at_first, state.trainable):
-            self._trained_at_first = at_first
-            if state.position["phase"] != BEGIN:  # there the hooks of now have the last word
-                set_trainable(self._run.model, {*state.trainable})
-            return []
-        then, now = {*state.trainable}, {*trainable_names(self._run.model)}
-        found = [f"{name} is trained now" for name in sorted(now - then)]
-        return found + [f"{name} is frozen now" for name in sorted(then - now)]
-
-    def _keep_state(self) -> None:
-        """Remember this place, in case a hook or the validation that follows raises."""
-        if self._saver is not None:
-            self._whole_state = self.state()
-
-    def _save(self) -> None:
-        if self._saver is None:
-            return
-        self._check_loss()
-        state = self._whole_state or self.state()
-        self._saver.save(state, _mark(state))
-        self._save_at = self._saver.due_at
-
-    def _save_end(self) -> None:
-        """Save where the fit has ended, and wait until everything is on disk."""
-        if self._saver is None:
-            return
-        if self._phase == BATCHES or (self._phase != BEGIN and not self._is_cut):
-            self._save()
-        self._saver.finish()
-
-    def _save_after(self, error: Exception) -> None:
-        """Save what an exception leaves, where that is whole; a failure becomes a note on it."""
-        if self._saver is None:
-            return
-        try:
-            is_damage = isinstance(
-                error, (NonFiniteLossError, MemoryError, DeviceError, CheckpointError)
-            )
-            is_somewhere = self._whole_state is not None or self._phase == BATCHES
-            if not is_damage and self._step.is_whole and is_somewhere:
-                self._save()
-            self._saver.finish()
-        except Exception as second:
-            error.add_note(f"No checkpoint was written after this: {second}")
+        return self._at.state()
 
     # --- validation -------------------------------------------------------------------------------
 
@@ -433,28 +326,18 @@ class Fit:
             values = evaluate_pass(
                 self._run, self._evaluation_step, replay.batches(), self._callbacks, self._stops
             )
-            if self._interruption.name:
+            self._ending.agree()
+            if self._ending.signal:
                 return
             found |= {prefix + key: value for key, value in values.items()}
-        self._validated, self._validated_at = found, self._step.num_windows
+        self._at.validated, self._at.validated_at = found, self._step.num_windows
         self._callbacks.call_first("on_validation_end", found)
         row = {"step": self._run.step, "epoch": self._run.epoch, **found}
         self._history.evaluations.append(row)
 
     def _stops(self) -> bool:
-        return self._interruption.name is not None
+        return self._ending.signal is not None
 
 
-def _mark(state: TrainState) -> tuple[Any, ...]:
-    """What tells one checkpoint from another of the same step."""
-    position = state.position or {}
-    return state.trainer["step"], position["phase"], position["epoch"], position["num_batches"]
-
-
-# Where in a fit a checkpoint was taken.
-BEGIN, BATCHES, EPOCH_END, DONE = "begin", "batches", "epoch_end", "done"
-MAX_STEPS = "max_steps"
-# Who decides anew, when a run goes on, whether to stop.
-ASK_AGAIN = (MAX_STEPS, "EarlyStopping", "Timer")
 UPDATE_KEYS = ("grad_norm", "layer_grad_norms", "skipped_updates")
 LAST_KEYS = ("learning_rate", *UPDATE_KEYS)  # of an epoch's values these come last

@@ -252,3 +252,18 @@ def test_a_batch_of_a_stateful_stream_that_was_not_taken_is_read_again():
     resumed.restore(position, 1)
     with pytest.warns(UserWarning, match="first 4 rows"):
         assert next(resumed.batches(0)).tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ((np.array([[1, 2], [3, 4]], dtype=object), np.zeros(2)), "x"),
+        ((np.zeros((2, 2)), np.array([None, 1], dtype=object)), "y"),
+        ({"a": np.zeros(2), "b": np.array([[1], [2, 3]], dtype=object)}, "b"),
+        (np.zeros(0, dtype=object), "x"),
+    ],
+)
+def test_arrays_of_objects_are_refused_by_name(data, field):
+    with pytest.raises(DataError, match=rf"train: {field} is an array of Python objects") as found:
+        source(data)
+    assert found.value.field == field

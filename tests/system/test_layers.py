@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import subprocess
@@ -19,12 +20,25 @@ FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
     *("signals", "timing", "plan", "loop", "passes", "saving", "resuming", "arguments"),
-    *("preparing", "recorder", "fit", "stateful", "trainer", "lightning"),
+    *("preparing", "recorder", "ending", "fit_state", "fit", "stateful", "trainer", "lightning"),
     *("distributed", "cli"),
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
 LAYERS = [
-    {"errors", "batch", "logs", "protocols", "sums", "checks", "_tree", "_version"},
+    {
+        *(
+            "errors",
+            "batch",
+            "logs",
+            "protocols",
+            "sums",
+            "checks",
+            "messages",
+            "_tree",
+            "_version",
+        ),
+        "_lazy",
+    },
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
         *("data.order", "gradients", "weighting", "datasets", "rates", "modes", "trainable"),
@@ -32,6 +46,7 @@ LAYERS = [
     },
     {
         *("data", "text", "objective", "options", "compiled", "step", "evaluation", "summary"),
+        "updating",
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
     },
     {"callbacks"},
@@ -229,12 +244,28 @@ def test_the_way_of_a_batch_is_read_in_one_sitting():
     assert sum(len(code_lines(ROOT / name)) for name in way) < 700
 
 
-def test_every_public_name_is_listed():
-    public = {
-        name
-        for name, value in vars(mlx_fit).items()
-        if not name.startswith("_") and getattr(value, "__module__", "").startswith("mlx_fit")
-    }
-    assert public <= set(mlx_fit.__all__)
-    for name in mlx_fit.__all__:
-        assert hasattr(mlx_fit, name), name
+LAZY = [ROOT / "__init__.py", ROOT / "callbacks" / "__init__.py", ROOT / "data" / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=name_of)
+def test_what_is_imported_lazily_is_what_type_checkers_see(path):
+    """Two lists of one thing, and ``__all__``: they agree, and each name is there."""
+    package = ".".join(["mlx_fit", name_of(path)]).rstrip(".")
+    block = next(node for node in tree_of(path).body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    module = importlib.import_module(package)
+    assert {*seen} | {"__version__", "order"} == {*module.__all__} | {"__version__", "order"}
+    for name, home in seen.items():
+        found = getattr(module, name)
+        expected = importlib.import_module(f"{home}.{name}" if home == package else home)
+        assert found is (expected if home == package else getattr(expected, name)), name
+    assert all(isinstance(name, str) and hasattr(module, name) for name in module.__all__)
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no attribute 'Trianer'"):
+        _ = module.Trianer
+
+
+def test_importing_imports_little():
+    code = "import sys, mlx_fit; print(sum(name.startswith('mlx_fit') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10
