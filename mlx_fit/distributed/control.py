@@ -146,6 +146,8 @@ class ControlPlane:
             raise monitor.verdict.error(self._rank, step, phase)
         serial = monitor.place.serial + 1
         monitor.place = Place(serial, step, phase)
+        if serial == 1:
+            monitor.beat_now()  # from now on the shorter timeout counts for this rank
         try:
             # The verdict may have come in between, and its cut before the ring was there.
             if monitor.verdict is not None:

@@ -122,10 +122,10 @@ def launch(job: Job) -> int:
                 if not outcome.may_restart or attempt == job.max_restarts:
                     break
                 if len(hosts) < job.least_ranks:
-                    output.say(f"only {len(hosts)} ranks are left; {job.least_ranks} are needed.")
+                    output.say(f"only {_ranks(len(hosts))} left; {job.least_ranks} needed.")
                     break
                 output.say(
-                    f"{outcome.reason}; starting again with {len(hosts)} ranks "
+                    f"{outcome.reason}; starting again with {_ranks(len(hosts))} "
                     f"(restart {attempt + 1} of {job.max_restarts})."
                 )
                 output.forget()
@@ -371,3 +371,7 @@ def _threads(hosts: Sequence[Host], given: Mapping[str, str]) -> dict[str, str]:
     taken = {*os.environ, *given}
     defaults = {} if num_here == 1 or taken & set(names) else dict.fromkeys(names, share)
     return defaults if "PYTHONUNBUFFERED" in taken else {**defaults, "PYTHONUNBUFFERED": "1"}
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"

@@ -28,6 +28,8 @@ def misbehave(fault, rank, step):
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
     elif kind == "raise":
         raise ValueError("boom")
+    elif kind == "unreported":
+        raise KeyError("boom")
     elif kind == "sleep":
         time.sleep(fault["seconds"])
     elif kind == "exit":

@@ -55,6 +55,12 @@ def test_an_exception_of_a_rank_is_named_on_the_others(tmp_path, culprit):
             assert (error["type"], error["message"]) == ("ValueError", "boom")
 
 
+def test_an_exception_that_nobody_reported_is_named_when_it_ends_the_process(tmp_path):
+    with Ranks(tmp_path, 2, fault={"rank": 1, "step": 3, "kind": "unreported"}) as ranks:
+        assert ranks.end() == [1, 1]
+        assert (ranks[0].error["type"], ranks[0].error["message"]) == ("KeyError", "'boom'")
+
+
 def test_a_preempted_rank_makes_the_others_leave_with_143(tmp_path):
     with Ranks(tmp_path, 2, fault={"rank": 1, "step": 3, "kind": "preempted"}) as ranks:
         assert ranks.end() == [143, 143]

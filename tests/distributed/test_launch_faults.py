@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,12 +171,13 @@ def test_remote_ranks_get_their_environment_and_return_their_codes(tmp_path, rem
 
 
 def test_remote_ranks_are_told_to_end(tmp_path, remote):
-    text = "trap 'exit 143' TERM; while :; do sleep 0.05; done"
+    text = "trap 'echo told; exit 143' TERM; while :; do sleep 0.05; done"
     with Launcher(tmp_path, *remote, *shell(tmp_path, text)) as launcher:
         launcher.wait_for_pids(3)
         time.sleep(0.2)
         launcher.process.send_signal(TERM)
         assert launcher.end() == 143
+        assert launcher.text().count("told") == 3
         assert not launcher.living()
 
 
@@ -200,7 +202,7 @@ def test_too_few_survivors_are_not_started(tmp_path, remote):
     (tmp_path / "gone_a").touch()
     with Launcher(tmp_path, *remote, "--max-restarts", "5", *shell(tmp_path, ":")) as launcher:
         assert launcher.end() == 75
-        assert "only 2 ranks are left; 3 are needed" in launcher.text()
+        assert "only 2 ranks left; 3 needed" in launcher.text()
 
 
 def test_ranks_behind_a_remote_shell_sum_over_the_ring(tmp_path, remote):
@@ -263,3 +265,50 @@ def test_codes_mean_together(ranks, code, rank, may_restart):
 def test_a_launcher_that_was_asked_to_stop_does_not_restart():
     assert outcome_of([Ended(0, -KILL)], TERM) == Outcome(143, "ended by SIGTERM")
     assert outcome_of([Ended(0, 0)], TERM).code == 0
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Options for two network namespaces with a cable, and what pulls it."""
+    a, b = (f"mlxfit{os.getpid()}{side}" for side in "ab")
+    lines = [f"ip netns add {a}", f"ip netns add {b}"]
+    lines += [f"ip link add veth0 netns {a} type veth peer name veth0 netns {b}"]
+    for number, name in enumerate((a, b), 1):
+        lines += [f"ip netns exec {name} ip addr add 10.77.0.{number}/24 dev veth0"]
+        lines += [f"ip netns exec {name} ip link set {link} up" for link in ("veth0", "lo")]
+    script, hosts = tmp_path / "remote_shell", tmp_path / "hosts.json"
+    script.write_text('#!/bin/sh\nexec ip netns exec $1 sh -c "$2"\n')
+    script.chmod(0o755)
+    addresses = ("10.77.0.1", "10.77.0.2")
+    rows = [{"ssh": name, "ips": [ip]} for name, ip in zip((a, b), addresses, strict=True)]
+    hosts.write_text(json.dumps(rows))
+    try:
+        made = all(shutil.which("ip") and run_line(line) == 0 for line in lines)
+        if not made:
+            pytest.skip("network namespaces are not allowed here")
+        yield (
+            ("--hosts", str(hosts), "--ssh", str(script)),
+            lambda: run_line(f"ip netns exec {b} ip link set veth0 down"),
+        )
+    finally:
+        for name in (a, b) if shutil.which("ip") else ():
+            run_line(f"ip netns del {name}")
+
+
+def run_line(line):
+    return subprocess.run(line.split(), capture_output=True, timeout=10).returncode
+
+
+def test_a_pulled_cable_between_two_machines_ends_both(tmp_path, machines):
+    options, pull = machines
+    loop = json.dumps({"steps": 100_000, "pause": 0.02, "timeout": 1})
+    with Launcher(tmp_path, *options, str(LOOP), loop) as launcher:
+        until = time.monotonic() + 20
+        while '"step": 20' not in launcher.text() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert pull() == 0
+        assert launcher.end() == 75
+        printed = launcher.text()
+        for rank, other in ((0, 1), (1, 0)):
+            lines = [line for line in printed.splitlines() if line.startswith(f"[{rank}] mlx_fit")]
+            assert f"PeerLostError: Rank {other} was lost" in lines[-1], printed
