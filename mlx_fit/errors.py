@@ -250,11 +250,20 @@ class ResumeError(MlxFitError, RuntimeError):
 
 
 class DistributedError(DeviceError):
-    """Something between ranks failed."""
+    """Something between ranks failed.
+
+    Attributes:
+        exit_code: what a rank exits with if nobody catches it: 75 where starting all ranks again
+            from the last checkpoint may help, else 1.
+    """
+
+    exit_code = 1
 
 
 class PeerLostError(DistributedError):
     """A rank disappeared. Attributes: rank, step, cause."""
+
+    exit_code = 75
 
     def __init__(self, message: str, *, rank: int, step: int, cause: str = "") -> None:
         self.rank = rank
@@ -264,9 +273,17 @@ class PeerLostError(DistributedError):
 
 
 class PeerError(DistributedError):
-    """Another rank raised. Attributes: rank, step, type (its exception's class name), message."""
+    """Another rank raised.
 
-    def __init__(self, text: str, *, rank: int, step: int, type: str, message: str) -> None:
+    Attributes:
+        rank: which one. step: where it was. type: its exception's class name. message: what it
+            said. exit_code: that rank's where it asks for a restart or was preempted, else 1.
+    """
+
+    def __init__(
+        self, text: str, *, rank: int, step: int, type: str, message: str, exit_code: int = 1
+    ) -> None:
+        self.exit_code = exit_code
         self.rank = rank
         self.step = step
         self.type = type
@@ -275,11 +292,20 @@ class PeerError(DistributedError):
 
 
 class CollectiveTimeoutError(DistributedError):
-    """A collective did not end in time."""
+    """A collective did not end in time. Attributes (None where unknown): step, phase."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, *, step: int | None = None, phase: str | None = None) -> None:
+        self.step = step
+        self.phase = phase
+        super().__init__(message)
 
 
 class RendezvousError(DistributedError):
     """Ranks did not arrive. ``missing`` lists them."""
+
+    exit_code = 75
 
     def __init__(self, message: str, *, missing: Iterable[int] = ()) -> None:
         self.missing = list(missing)
@@ -287,10 +313,24 @@ class RendezvousError(DistributedError):
 
 
 class PlanMismatchError(DistributedError):
-    """Ranks disagree about the model or the run. ``first`` names the first difference."""
+    """Ranks disagree about the model or the run.
 
-    def __init__(self, message: str, *, first: str = "") -> None:
+    Attributes:
+        first: the first entry that differs. ranks: two ranks that differ there.
+        values: what each of them has, as text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        first: str = "",
+        ranks: Iterable[int] = (),
+        values: Iterable[str] = (),
+    ) -> None:
         self.first = first
+        self.ranks = list(ranks)
+        self.values = list(values)
         super().__init__(message)
 
 

@@ -7,10 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from mlx_fit._version import __version__
-from mlx_fit.cli import demo, doctor, inspect, report
-from mlx_fit.errors import MlxFitError, Preempted
+from mlx_fit.cli import demo, doctor, inspect, launch, report
+from mlx_fit.errors import DistributedError, MlxFitError, Preempted
 
-VERBS = {"demo": demo, "doctor": doctor, "inspect": inspect, "report": report}
+VERBS = {
+    "demo": demo,
+    "doctor": doctor,
+    "inspect": inspect,
+    "launch": launch,
+    "report": report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"mlx-fit {arguments.verb}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, DistributedError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
