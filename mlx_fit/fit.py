@@ -13,13 +13,15 @@ from mlx_fit.errors import Preempted
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.fit_state import BATCHES, BEGIN, DONE, EPOCH_END, MAX_STEPS, FitState
 from mlx_fit.history import History
-from mlx_fit.loop import run_batches
+from mlx_fit.loop import Step, run_batches
 from mlx_fit.passes import evaluate_pass, plain
 from mlx_fit.preparing import Prepared
 from mlx_fit.protocols import Run
 from mlx_fit.resuming import Resumption
+from mlx_fit.runtime.watch import MemoryWatch
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
+from mlx_fit.splitting import Splitter, SplittingStep
 from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
 
@@ -37,6 +39,7 @@ class Fit:
         interruption: tells whether a signal asked for the end.
         saver: writes checkpoints, or None.
         resumption: where to go on from, or None.
+        splitter: decides on micro-batches where memory does not suffice; None raises then.
     """
 
     def __init__(
@@ -50,10 +53,13 @@ class Fit:
         interruption: Interruption,
         saver: Saver | None,
         resumption: Resumption | None,
+        splitter: Splitter | None,
     ) -> None:
         self._run = run
         self._schedule = given.schedule
         self._step = step
+        self._taking: Step = step if splitter is None else SplittingStep(step, splitter)
+        self._memory = MemoryWatch()
         self._feed = given.feed
         self._weigh = given.weigh
         self._evaluation_step = evaluation_step
@@ -68,10 +74,13 @@ class Fit:
     def __call__(self) -> History:
         """Run to the end."""
         try:
-            return self._run_epochs()
+            with self._memory.watching():
+                return self._run_epochs()
         except Exception as error:
-            self._at.save_after(error)
-            raise
+            typed = self._at.save_after(error)
+            if typed is error:
+                raise
+            raise typed from error
 
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
@@ -155,7 +164,7 @@ class Fit:
         always, displays = self._callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
-            step,
+            self._taking,
             self._callbacks.bound("on_train_batch_begin"),
             always,
             self._is_over,
@@ -163,7 +172,7 @@ class Fit:
         )
         if step.window_open:
             step.close_window()
-            step.settle()
+            self._taking.settle()
             self._is_over()
         step.drain()
         self._check_loss()
@@ -211,6 +220,7 @@ class Fit:
         self._check_loss()
         if done % schedule.log_every == 0:
             self._at.recorder.record(self._run.epoch)
+            self._memory.look()
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
             if not self._interruption.name:

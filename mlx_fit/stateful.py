@@ -22,6 +22,7 @@ from mlx_fit.history import History
 from mlx_fit.protocols import Averages, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
+from mlx_fit.splitting import Splitter
 from mlx_fit.state import (
     TrainState,
     check_buffers,
@@ -66,6 +67,7 @@ class Stateful(ABC):
         self._arguments: dict[str, Any] = {}
         self._train_step: TrainStep | None = None
         self._fit: Fit | None = None  # while one runs
+        self._splitter: Splitter | None = None  # with on_oom="split"
         self._last_fit: TrainState | None = None  # its end, without weights and optimizer state
 
     @abstractmethod
@@ -151,6 +153,7 @@ class Stateful(ABC):
             "epoch": self.epoch,
             "order_seed": self._order_seed,
             "num_passes": self._num_passes,
+            "micro_batch_size": None if self._splitter is None else self._splitter.rows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -195,6 +198,8 @@ class Stateful(ABC):
         self.epoch = state["epoch"]
         self._order_seed = state["order_seed"]
         self._num_passes = state["num_passes"]
+        if self._splitter is not None:
+            self._splitter.rows = state.get("micro_batch_size")
 
     def _drop_train_step(self) -> None:
         self._steps_before, self._train_step = self.step, None

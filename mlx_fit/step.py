@@ -3,55 +3,48 @@
 It is compiled with model, optimizer and random state captured as inputs and outputs, the optimizer
 initialised first, and built anew when what is trainable changes.
 
-May import: ``compiled``, ``objective``, ``options``.
+May import: ``compiled``, ``objective``, ``options``, ``step_state``.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
-from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
+from mlx_fit._tree import named_arrays, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.logs import FOLD, Settled, Sums, divide, nonzero_total, total, unlogged
+from mlx_fit.logs import FOLD, divide, nonzero_total, total, unlogged
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
-from mlx_fit.precision import next_scale, warn_of_promotion
+from mlx_fit.precision import next_scale
 from mlx_fit.rates import RateGuard, optimizers_of, settings
-from mlx_fit.trainable import check_no_new, check_trained, load_window
+from mlx_fit.step_state import StepState
+from mlx_fit.trainable import check_no_new, check_trained
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
 SCALE_ENDED = "loss_scale_ended"  # not finite where the loss scale fell below 1
 
 
-class TrainStep:
+class TrainStep(StepState):
     """One batch of training: ``step(batch)``.
 
     Built for one fit, over the model and optimizer as they are then. A window is the
     ``gradient_accumulation`` batches that make one update.
 
     Attributes:
-        sums: what the epoch has added up so far.
-        window_open: whether batches wait for their update.
-        num_windows: windows closed so far.
-        num_batches: batches taken in this epoch.
-        num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
-        learning_rate: the rate of the newest update, before anybody changes it; on the device.
-        is_whole: False while a batch is under way, and for good if computing it failed: weights
-            and optimizer may then be half updated.
         logs_layer_norms: whether the norms of each layer's gradient are logged. Set it before the
             first batch.
+        guard: called with each batch of a new shape before anything is computed; may raise.
     """
 
     def __init__(
@@ -63,36 +56,20 @@ class TrainStep:
         scaling: dict[str, mx.array],
         checks_promotion: bool = False,
     ) -> None:
-        self.model = model
+        super().__init__(model, options)
         self.optimizer = optimizer
         self.objective = objective
-        self.options = options
-        self.sums = Sums()
         if scaling:
             self.sums.watched = SCALE_ENDED
         elif options.nonfinite == "raise":
             self.sums.watched = "loss"
-        self.window_open = False
-        self.num_windows = 0
-        self.num_skipped = 0
-        self.learning_rate: mx.array | None = None
         self.logs_layer_norms = False
-        self.num_batches = 0
-        self.is_whole = True
-        self._last_batch: int | None = None
+        self.guard: Callable[[Any], None] | None = None
         self._scaling = scaling
-        self._is_fused = options.gradient_accumulation == 1
         self._checks_promotion = checks_promotion
-        self._window: list[Any] = []
-        self._num_in_window = 0
         self._weight_on_host = True
         self._masks_weight = False  # set by a trace: whether a batch counts, the device must say
         self._host_batch: Any = None
-        # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
-        self._in_flight: deque[tuple[int, int]] = deque()
-        self._settled: tuple[int, int] | None = None
-        self._first_window = 0  # windows before this epoch
-        self._is_async = mx.default_device().type != mx.DeviceType.cpu
         self._shapes: dict[Any, str] = {}
         self._old_traces = 0
         self._build()
@@ -163,29 +140,20 @@ class TrainStep:
                 results = self._batch.function(key[2], arrays, self._window)
             else:
                 results = self._first_call(key, batch, arrays)
-            self._window, sums.batch, rows = results
+            self._window, sums.batch, rows, *self._gradients_of_batch = results
             sums.pending.append(sums.batch)
             sums.tags.append(self.num_windows + 1)
             if rows:
                 sums.rows.append(rows)
         else:
             self.sums.batch = None
-        self.num_batches += 1
+        if self.is_partial:
+            return
         if self._is_fused and weight != 0.0:
+            self.num_batches += 1
             self.num_windows += 1  # in line: the usual case, and calls are counted
         else:
-            self._end_batch(weight)
-
-    def _end_batch(self, weight: float | None) -> None:
-        """Count the batch, and close its window if it was the last of it."""
-        if self._is_fused:
-            self.num_windows += 1
-            self._skip_window()
-            return
-        self._num_in_window += 1
-        self.window_open = self._num_in_window < self.options.gradient_accumulation
-        if not self.window_open or self.num_batches == self._last_batch:
-            self.close_window()
+            self.end_batch(weight)
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         """Meet a batch of a new shape: MLX traces, and bugs in user code show."""
@@ -194,9 +162,13 @@ class TrainStep:
         try:
             if is_empty(batch):
                 raise DataError("The batch has no rows. Leave empty batches out of the data.")
+            if self.guard is not None:
+                self.guard(host_batch)
             if self._checks_promotion:
                 self._checks_promotion = False
-                self._warn_of_promotion(batch)
+                self.options.precision.look_for_promotion(
+                    self.model, lambda: self.objective(self.model, batch)
+                )
             return self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
         except Exception as error:
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
@@ -212,14 +184,12 @@ class TrainStep:
             self.sums.tags.append(self.num_windows + 1)
             self._window = []
         else:
-            self._skip_window()
+            self.num_skipped += (
+                1  # the host knew that it weighs nothing, and nothing was dispatched
+            )
         self._num_in_window = 0
         self.num_windows += 1
         self.window_open = False
-
-    def _skip_window(self) -> None:
-        """Count a window whose weight the host knows to be 0; nothing was dispatched."""
-        self.num_skipped += 1
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
@@ -245,66 +215,24 @@ class TrainStep:
             sums.fold(self._settled[0])
         self.is_whole = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the epoch is, for a checkpoint; see also :meth:`open_window`. Synchronises."""
-        rate = self.learning_rate
-        return {
-            "num_windows": self.num_windows,
-            "num_batches": self.num_batches,
-            "num_in_window": self._num_in_window,
-            "num_skipped": self.num_skipped,
-            "first_window": self._first_window,
-            "learning_rate": None if rate is None else float(np.array(rate)),
-        }
-
-    def open_window(self) -> dict[str, mx.array]:
-        """The arrays of a window that waits for its update, by name; empty between windows."""
-        return dict(named_arrays(self._window))
-
     def note_replaced_state(self) -> None:
         """Weights and optimizer state were put in place on purpose, learning rates included."""
         self._rates.note()
 
-    def load_state_dict(
-        self, state: dict[str, Any], sums: dict[str, Any] | None, window: dict[str, mx.array]
-    ) -> None:
-        """Go on inside an epoch that :meth:`start_epoch` has started.
-
-        Raises:
-            CheckpointMismatchError: the window's gradients are those of other parameters.
-        """
-        for name in ("num_windows", "num_batches", "num_skipped"):
-            setattr(self, name, state[name])
-        self._num_in_window, self._first_window = state["num_in_window"], state["first_window"]
-        self.window_open = self._num_in_window > 0
-        rate = state["learning_rate"]
-        self.learning_rate = None if rate is None else mx.array(rate)
-        if sums is not None:
-            self.sums.load_state_dict(sums)
-        if window:
-            self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
-            load_window(self._window, window)
-        self._settled = self.sums.num_added, self.num_windows
-        if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
-            self.close_window()
-            self.settle()
-
-    def drain(self) -> None:
-        """Wait for every step that is in flight."""
-        self._in_flight.clear()
-        self._settled = self.sums.num_added, self.num_windows
-        self.sums.fold()  # host synchronisation, once an epoch
-
     @property
-    def settled(self) -> Settled | None:
-        """The newest step of this epoch that the device has finished, None before the first.
+    def waits_at_once(self) -> bool:
+        """Whether :meth:`settle` waits for its own batch, as on the CPU."""
+        return not self._is_async
 
-        Copies from the device, but waits for nothing.
-        """
-        if self._settled is None:
-            return None
-        totals = self.sums.fold(self._settled[0])
-        return Settled(totals, self._settled[1], *(self.sums.first_bad or (0, math.nan)))
+    def only_gradients(self, arrays: Any) -> Any:
+        """Gradients of a batch and its mean loss, lazily: for a plan of memory."""
+
+        def compute(arrays: Any) -> Any:
+            terms, gradients, _ = self._gradients(arrays)
+            return gradients, terms.mean
+
+        function = Traced(compute, self._state, self._state, self.options.compile)
+        return function(signature(arrays), arrays)
 
     def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
         """The error for a step with a non-finite loss, or with a loss scale that ran out."""
@@ -324,7 +252,8 @@ class TrainStep:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
         entries = self._update(gradients, conditions, overflowed)
-        return window, self._pack(terms, entries), terms.rows
+        results = window, self._pack(terms, entries), terms.rows
+        return (*results, gradients) if self.options.on_oom == "split" else results
 
     def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
@@ -459,17 +388,3 @@ class TrainStep:
             keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
             states, terms.rows = keep(states), keep(terms.rows)
         return self.sums.pack(states | entries, computes)
-
-    def _warn_of_promotion(self, batch: Any) -> None:
-        precision = self.options.precision
-        saved, key = snapshot(self.model.state), RandomState()
-
-        def run_forward() -> None:
-            with precision.casting(self.model):
-                self.objective(self.model, batch)
-
-        try:
-            warn_of_promotion(self.model, run_forward)
-        finally:
-            restore(self.model.state, saved)
-            key.restore()

@@ -29,11 +29,13 @@ from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.fit import Fit
+from mlx_fit.foresight import Foresight
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
 from mlx_fit.objective import Objective, as_objective, direction_of
 from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
+from mlx_fit.plan import MemoryPlan
 from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.preparing import Order, Prepared, prepare_fit, run_info, trainer_arguments
 from mlx_fit.protocols import RunInfo
@@ -42,6 +44,7 @@ from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
+from mlx_fit.splitting import Splitter, SplittingStep
 from mlx_fit.state import without_arrays
 from mlx_fit.stateful import Stateful
 from mlx_fit.step import StepOptions, TrainStep
@@ -71,6 +74,9 @@ class Trainer(Stateful):
             of the model by themselves casts their inputs.
         compile: False runs the same step eagerly, for debugging.
         device_config: device and memory limits while this trainer computes.
+        on_oom: what a batch that does not fit into memory does: ``"raise"``
+            :class:`~mlx_fit.OutOfMemoryError`, or ``"split"``: it is computed as micro-batches of
+            half the rows, and of half of these if need be, see :attr:`micro_batch_size`.
         nonfinite: what a loss of NaN or infinity does: ``"raise"``
             :class:`~mlx_fit.NonFiniteLossError`, ``"skip"`` the batch, or ``"ignore"``.
         seed: fixes the order of data and, when the first fit starts, MLX's random key.
@@ -104,6 +110,7 @@ class Trainer(Stateful):
         precision: str = "float32",
         compile: bool = True,
         device_config: DeviceConfig | None = None,
+        on_oom: str = "raise",
         nonfinite: str = "raise",
         seed: int | None = None,
     ) -> None:
@@ -124,7 +131,9 @@ class Trainer(Stateful):
             Precision.get(precision),
             compile,
             nonfinite,
+            on_oom,
         )
+        self._splitter = Splitter() if on_oom == "split" else None
         self._options.precision.prepare(model)
         self._setup = OptimizerSetup(optimizer)
         self._arguments = trainer_arguments(self._options, loss, metrics, objective)
@@ -233,6 +242,7 @@ class Trainer(Stateful):
                     interruption,
                     None if given.store is None else Saver(given.store, given.policy, self),
                     resumption,
+                    self._splitter,
                 )
                 return self._run_fit(given)
 
@@ -265,8 +275,9 @@ class Trainer(Stateful):
             if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
-            step(batch)
-            step.settle()
+            taking = step if self._splitter is None else SplittingStep(step, self._splitter)
+            taking(batch)
+            taking.settle()
             if step.settled and step.settled.bad_window:
                 raise step.bad_loss(self.step, self.epoch)
             return {key: plain(value) for key, value in Logs(step.sums).items()}
@@ -378,6 +389,42 @@ class Trainer(Stateful):
         """Print the layers with their parameters, how many are trained, and their bytes."""
         print_summary(self.model)
 
+    def plan(self, batch: Any) -> MemoryPlan:
+        """What a training step of a batch takes of memory, measured on parts of it.
+
+        Steps of a few rows, up to a quarter of the batch, are run and undone; then the whole is
+        predicted. Weights, optimizer state, buffers, random key and counters are as before.
+
+        Args:
+            batch: ``x``, ``(x, y)`` or ``(x, y, weights)`` as :meth:`fit` gets it; its rows are
+                those of a micro-batch, so with gradient accumulation it is one batch of a window.
+
+        Returns:
+            The plan. ``print(trainer.plan(batch))`` shows it as a table.
+
+        Raises:
+            ConfigurationError: there is no loss or no optimizer.
+            DataError: the batch has no rows, or its first rows weigh nothing.
+
+        Example:
+            >>> import mlx.nn as nn, mlx.optimizers as optim, numpy as np
+            >>> trainer = Trainer(nn.Linear(8, 2), optim.Adam(0.1), "cross_entropy")
+            >>> plan = trainer.plan((np.zeros((64, 8), np.float32), np.zeros(64, np.int32)))
+            >>> plan.fits, plan.parts["weights"]
+            (True, 72)
+        """
+        with training_mode(self.model), self._computing(None):
+            return self._foresight().plan(batch)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that are computed at a time: a batch, or less after memory did not suffice for one.
+
+        It is kept for the rest of the run, and in checkpoints.
+        """
+        rows = None if self._splitter is None else self._splitter.rows
+        return rows or self.info.batch_size or self.batch_size
+
     # --- what callbacks see -----------------------------------------------------------------------
 
     def direction(self, key: str) -> bool | None:
@@ -467,12 +514,18 @@ class Trainer(Stateful):
             )
         return self._objective
 
-    def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
+    def _foresight(self) -> Foresight:
         if self.optimizer is None:
             raise ConfigurationError(
                 "This trainer has no optimizer: give Trainer(model, optimizer, ...)."
             )
+        has_limit = self.device_config.memory_limit is not None
+        objective = self._require_objective()
+        return Foresight(self.model, self.optimizer, objective, self._options, has_limit)
+
+    def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
         self._drop_train_step()
+        guard = self._foresight()
         self._train_step = TrainStep(
             self.model,
             self.optimizer,
@@ -481,6 +534,7 @@ class Trainer(Stateful):
             self._scaling,
             self._warns_of_promotion,
         )
+        self._train_step.guard = guard
         self._warns_of_promotion = False
         if resumption is not None:
             self._train_step.num_windows = resumption.num_windows
