@@ -155,6 +155,12 @@ class TrainStep(StepState):
         else:
             self.end_batch(weight)
 
+    def use_windows(self) -> None:
+        """Compute gradients and update apart from now on, so that a batch can come in parts."""
+        if self._is_fused:
+            self._is_fused = False
+            self._rebuild()
+
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         """Meet a batch of a new shape: MLX traces, and bugs in user code show."""
         self._host_batch = host_batch
@@ -184,9 +190,7 @@ class TrainStep(StepState):
             self.sums.tags.append(self.num_windows + 1)
             self._window = []
         else:
-            self.num_skipped += (
-                1  # the host knew that it weighs nothing, and nothing was dispatched
-            )
+            self.num_skipped += 1  # the host knew its weight to be 0: nothing was dispatched
         self._num_in_window = 0
         self.num_windows += 1
         self.window_open = False
@@ -218,11 +222,6 @@ class TrainStep(StepState):
     def note_replaced_state(self) -> None:
         """Weights and optimizer state were put in place on purpose, learning rates included."""
         self._rates.note()
-
-    @property
-    def waits_at_once(self) -> bool:
-        """Whether :meth:`settle` waits for its own batch, as on the CPU."""
-        return not self._is_async
 
     def only_gradients(self, arrays: Any) -> Any:
         """Gradients of a batch and its mean loss, lazily: for a plan of memory."""
