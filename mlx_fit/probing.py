@@ -71,7 +71,8 @@ class Probe:
             copied = self._copy_state()
             step.note_replaced_state()
             step.start_epoch()
-            num_steps = 1 if step.waits_at_once else MAX_IN_FLIGHT + 1
+            # While MLX traces the first, its work is done and freed in between: the second tells.
+            num_steps = 2 if step.waits_at_once else MAX_IN_FLIGHT + 2
             with measured_peak() as peak:
                 for _ in range(self._num_batches * num_steps):
                     step(rows)
