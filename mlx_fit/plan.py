@@ -134,20 +134,21 @@ def measure(probe: Probe, batch: Any, limit: int, far_below: float = 0.0) -> Gro
     Args:
         probe: runs the steps.
         batch: the batch, on the host or the device.
-        limit: bytes; it stops as soon as the prediction exceeds them.
+        limit: bytes; it stops before a size that is predicted to exceed them. The whole batch may:
+            few rows tell too little to give up by.
         far_below: it stops as well once even four times the growth seen would stay under this
             share of the limit.
     """
     rows = num_rows(batch)
     points: list[tuple[int, int]] = []
     sizes = sizes_of(rows)
-    for size in sizes:
+    for size, following in zip(sizes, [*sizes[1:], rows], strict=True):
         points.append((size, probe.peak(batch, size)))
-        if len(points) == 1 and len(sizes) > 1:
+        if size == 1 and following == 2:
             continue
         growth = _growth(points, probe, batch, rows)
         pessimistic = points[-1][1] + 4 * growth.slope * (rows - size)
-        if growth.at(rows) > limit or pessimistic < far_below * limit:
+        if growth.at(following) > limit or pessimistic < far_below * limit:
             break
     return growth
 
@@ -163,7 +164,7 @@ def _growth(points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int) 
     per_row = _bytes_per_row(batch, rows)
     alone = probe.gradient_peak(batch, size)
     if len(points) == 1:
-        at_rest = probe.other_bytes + probe.state_bytes + probe.gradient_bytes
+        at_rest = probe.other_bytes + probe.state_bytes + probe.gradient_bytes + probe.cast_bytes
         slope = max((alone - at_rest) / size, per_row)
         return Growth(tuple(points), slope, alone)
     before, peak_before = points[-2]

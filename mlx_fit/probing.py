@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from mlx_fit._tree import RandomState, named_arrays, restore, snapshot
 from mlx_fit.batch import rows_between, to_mlx
 from mlx_fit.errors import DataError
+from mlx_fit.precision import weights_of
 from mlx_fit.rates import optimizers_of
 from mlx_fit.runtime.memory import active_bytes, measured_peak
 from mlx_fit.step import MAX_IN_FLIGHT, TrainStep
@@ -37,6 +38,7 @@ class Probe:
     Attributes:
         weight_bytes, optimizer_bytes, gradient_bytes, frozen_bytes: of what a step reads and
             writes; ``frozen_bytes`` is part of ``weight_bytes``.
+        cast_bytes: of the weights in the dtype of the forward pass, where that is another.
         other_bytes: what was there besides.
     """
 
@@ -53,6 +55,9 @@ class Probe:
         self.optimizer_bytes = bytes_of(optimizer.state)
         self.gradient_bytes = bytes_of(trained)
         self.frozen_bytes = self.weight_bytes - self.gradient_bytes
+        dtype = options.precision.compute_dtype
+        wide = [a for _, a in weights_of(model) if dtype is not None and a.dtype != dtype]
+        self.cast_bytes = sum(array.size * 2 for array in wide)
         self.other_bytes = active_bytes() - self.weight_bytes - self.optimizer_bytes
 
     @property
