@@ -19,7 +19,15 @@ from mlx_fit.finetune.blocks import find_blocks
 from mlx_fit.finetune.contexts import checkpoint_layers
 from mlx_fit.objective import Objective
 from mlx_fit.options import StepOptions
-from mlx_fit.plan import FAR_BELOW, Growth, MemoryPlan, Suggestion, make_plan, measure
+from mlx_fit.plan import (
+    FAR_BELOW,
+    Growth,
+    MemoryPlan,
+    Suggestion,
+    make_plan,
+    measure,
+    smaller_batches,
+)
 from mlx_fit.precision import POLICIES, initial_scale
 from mlx_fit.probing import Probe, untouched
 from mlx_fit.runtime.memory import active_bytes, address_space_left, format_bytes, limits
@@ -170,19 +178,14 @@ class Foresight:
 
 def _advice(growth: Growth, rows: int, limit: int, options: StepOptions) -> str:
     from_the_plan = "trainer.plan(batch) shows what takes how much."
-    largest = growth.largest(limit)
-    if largest == 0:
+    smaller = smaller_batches(growth, rows, limit, options.gradient_accumulation)
+    if not smaller or smaller[0].peak_bytes > limit:
         return (
             'Not even one row fits: use precision="mixed_bfloat16", finetune.checkpoint_layers, '
             f"or finetune.apply_lora to train fewer parameters. {from_the_plan}"
         )
-    parts = -(-rows // largest)
-    size = -(-rows // parts)
-    return (
-        f"Use batch_size={size} with gradient_accumulation="
-        f"{parts * options.gradient_accumulation} (predicted {format_bytes(growth.at(size))}), "
-        f'or on_oom="split". {from_the_plan}'
-    )
+    [(change, peak)] = smaller
+    return f'Use {change} (predicted {format_bytes(peak)}), or on_oom="split". {from_the_plan}'
 
 
 def _rows_of(batch: Any) -> int:

@@ -88,11 +88,13 @@ class Growth:
         points: (rows, bytes) that were measured, ascending.
         slope: bytes a row from the last of them on.
         alone: the peak of the gradients alone at the last of them, without an update.
+        window: what gradient accumulation would add; 0 where there is some already.
     """
 
     points: tuple[tuple[int, int], ...]
     slope: float
     alone: int
+    window: int
 
     def at(self, rows: int) -> int:
         """The peak for a number of rows: measured, between two measured ones, or predicted."""
@@ -144,13 +146,28 @@ def measure(probe: Probe, batch: Any, limit: int, far_below: float = 0.0) -> Gro
     sizes = sizes_of(rows)
     for size, following in zip(sizes, [*sizes[1:], rows], strict=True):
         points.append((size, probe.peak(batch, size)))
-        if size == 1 and following == 2:
-            continue
-        growth = _growth(points, probe, batch, rows)
-        pessimistic = points[-1][1] + 4 * growth.slope * (rows - size)
-        if growth.at(following) > limit or pessimistic < far_below * limit:
+        if size == sizes[-1] or _expected(points, probe, batch, rows, following) > limit:
             break
-    return growth
+        if far_below and following > 2:
+            growth = _growth(points, probe, batch, rows)
+            if points[-1][1] + 4 * growth.slope * (rows - size) < far_below * limit:
+                return growth
+    return _growth(points, probe, batch, rows)
+
+
+def _expected(
+    points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int, following: int
+) -> float:
+    """The peak that is expected of the next size.
+
+    One of the largest arrays may be freed a little sooner or later, by chance. Few rows take less
+    than that, so it counts once, not with each row.
+    """
+    (first, lowest), (size, peak) = points[0], points[-1]
+    per_row = _bytes_per_row(batch, rows)
+    if size > first:
+        per_row = max(per_row, (peak - lowest - probe.largest_bytes) / (size - first))
+    return peak + per_row * (following - size) + probe.largest_bytes
 
 
 def _growth(points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int) -> Growth:
@@ -166,7 +183,7 @@ def _growth(points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int) 
     if len(points) == 1:
         at_rest = probe.other_bytes + probe.state_bytes + probe.gradient_bytes + probe.cast_bytes
         slope = max((alone - at_rest) / size, per_row)
-        return Growth(tuple(points), slope, alone)
+        return Growth(tuple(points), slope, alone, probe.window_bytes)
     before, peak_before = points[-2]
     whole = (peak - peak_before) / (size - before)
     of_gradients = (alone - probe.gradient_peak(batch, before)) / (size - before)
@@ -174,7 +191,7 @@ def _growth(points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int) 
     if whole < 0.6 * of_gradients and rows > size:
         least = (alone + of_gradients * (rows - size) - peak) / (rows - size)
         slope = max((whole + of_gradients) / 2, least)
-    return Growth(tuple(points), max(slope, per_row), alone)
+    return Growth(tuple(points), max(slope, per_row), alone, probe.window_bytes)
 
 
 def _bytes_per_row(batch: Any, rows: int) -> float:
@@ -223,22 +240,20 @@ def make_plan(
         "activations": max(peak - sum(resting.values()), 0),
         "activations_per_example": per_row,
     }
-    suggestions = smaller_batches(growth, rows, largest, accumulation, probe.gradient_bytes)
+    suggestions = smaller_batches(growth, rows, limit, accumulation)
     suggestions += alternatives(growth)
     suggestions.sort(key=lambda suggestion: suggestion.peak_bytes)
     return MemoryPlan(rows, peak, limit, largest, parts, tuple(suggestions))
 
 
-def smaller_batches(
-    growth: Growth, rows: int, largest: int, accumulation: int, gradient_bytes: int
-) -> list[Suggestion]:
-    """The same update from smaller batches: the largest that fits, or half of what there is."""
+def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) -> list[Suggestion]:
+    """The same update from smaller batches: the largest that fit with a margin, at most half."""
     if rows < 2:
         return []
-    parts = 2
-    while rows // parts > max(largest, 1) or (rows % parts and parts < rows):
+    largest = max(growth.largest(MARGIN * limit - growth.window), 1)
+    parts = max(-(-rows // largest), 2)
+    while rows % parts:
         parts += 1
-    size = -(-rows // parts)
-    extra = gradient_bytes if accumulation == 1 else 0  # the window that is added to
+    size = rows // parts
     change = f"batch_size={size} with gradient_accumulation={parts * accumulation}"
-    return [Suggestion(change, growth.at(size) + extra)]
+    return [Suggestion(change, growth.at(size) + growth.window)]

@@ -39,6 +39,8 @@ class Probe:
         weight_bytes, optimizer_bytes, gradient_bytes, frozen_bytes: of what a step reads and
             writes; ``frozen_bytes`` is part of ``weight_bytes``.
         cast_bytes: of the weights in the dtype of the forward pass, where that is another.
+        window_bytes: what gradient accumulation would add; 0 where there is some already.
+        largest_bytes: of the largest array that is trained.
         other_bytes: what was there besides.
     """
 
@@ -54,6 +56,9 @@ class Probe:
         self.weight_bytes = bytes_of(model.state)
         self.optimizer_bytes = bytes_of(optimizer.state)
         self.gradient_bytes = bytes_of(trained)
+        numbers = sum(array.size for _, array in named_arrays(trained))
+        self.window_bytes = 4 * numbers if self._num_batches == 1 else 0
+        self.largest_bytes = max([array.nbytes for _, array in named_arrays(trained)], default=0)
         self.frozen_bytes = self.weight_bytes - self.gradient_bytes
         dtype = options.precision.compute_dtype
         wide = [a for _, a in weights_of(model) if dtype is not None and a.dtype != dtype]

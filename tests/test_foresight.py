@@ -41,6 +41,15 @@ def held():
     return mx.get_active_memory()
 
 
+def refused(trainer, *args, **options):
+    """The error of a fit, without its traceback, whose frames hold the batch."""
+    try:
+        trainer.fit(*args, verbose=0, **options)
+    except OutOfMemoryError as error:
+        return error.with_traceback(None)
+    return pytest.fail("it was not refused")
+
+
 def test_a_batch_that_will_not_fit_is_refused_with_the_numbers():
     trainer = make()
     before, key = weights(trainer), mx.random.state[0].tolist()
@@ -60,10 +69,9 @@ def test_a_batch_that_will_not_fit_is_refused_with_the_numbers():
 
 def test_the_batch_size_that_is_suggested_fits():
     limit = held() + 6_000_000
-    with pytest.raises(OutOfMemoryError, match="Use batch_size=") as caught:
-        make(limit).fit(data(1024), verbose=0)
-    size = int(caught.value.suggestion.split("batch_size=")[1].split()[0])
-    accumulation = int(caught.value.suggestion.split("gradient_accumulation=")[1].split()[0])
+    error = refused(make(limit), data(1024))
+    size = int(error.suggestion.split("batch_size=")[1].split()[0])
+    accumulation = int(error.suggestion.split("gradient_accumulation=")[1].split()[0])
     assert size * accumulation >= 1024
     mx.reset_peak_memory()
     history = make(limit, batch_size=size, gradient_accumulation=accumulation).fit(
@@ -85,11 +93,7 @@ def test_a_much_larger_batch_later_is_refused_and_what_was_trained_is_saved(tmp_
     x, y = data(4096)
     small = [(x[:64], y[:64])] * 3
     trainer = make(held() + 8_000_000)
-    error = None
-    try:
-        trainer.fit([*small, (x, y)], checkpoint_dir=tmp_path, verbose=0)
-    except OutOfMemoryError as caught:
-        error = caught.with_traceback(None)  # whose frames hold the batch
+    error = refused(trainer, [*small, (x, y)], checkpoint_dir=tmp_path)
     assert error.batch_size == 4096
     assert trainer.step == 3
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
