@@ -39,7 +39,8 @@ class Fit:
         interruption: tells whether a signal asked for the end.
         saver: writes checkpoints, or None.
         resumption: where to go on from, or None.
-        splitter: decides on micro-batches where memory does not suffice; None raises then.
+        splitters: decide on micro-batches of training and of validation where memory does not
+            suffice; None raises then.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class Fit:
         interruption: Interruption,
         saver: Saver | None,
         resumption: Resumption | None,
-        splitter: Splitter | None,
+        splitters: tuple[Splitter, Splitter] | None,
     ) -> None:
         self._run = run
         self._schedule = given.schedule
         self._step = step
-        self._taking: Step = step if splitter is None else SplittingStep(step, splitter)
+        self._taking: Step = step if splitters is None else SplittingStep(step, splitters[0])
+        self._evaluation_splitter = None if splitters is None else splitters[1]
         self._memory = MemoryWatch()
         self._feed = given.feed
         self._weigh = given.weigh
@@ -311,7 +313,12 @@ class Fit:
         for name, replay in self._validation.items():
             prefix = f"val_{name}_" if name else "val_"
             values = evaluate_pass(
-                self._run, self._evaluation_step, replay.batches(), self._callbacks, self._stops
+                self._run,
+                self._evaluation_step,
+                replay.batches(),
+                self._callbacks,
+                self._stops,
+                self._evaluation_splitter,
             )
             if self._interruption.name:
                 return

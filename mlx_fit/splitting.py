@@ -1,11 +1,10 @@
 """Batches that do not fit, computed as smaller ones with the same result.
 
-May import: ``compiled``, ``objective``, ``options``, ``step``.
+Imports layer 2: evaluation, step.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -14,7 +13,8 @@ import mlx.core as mx
 from mlx_fit._tree import RandomState, set_leaf
 from mlx_fit.batch import num_rows, rows_between
 from mlx_fit.errors import OutOfMemoryError, from_runtime_error
-from mlx_fit.logs import Sums
+from mlx_fit.evaluation import EvaluationStep
+from mlx_fit.logs import FOLD, Sums
 from mlx_fit.step import TrainStep
 
 SPLIT_FOR = ("foreseen", "allocation", "execution")  # fewer rows do not make fewer buffers
@@ -34,21 +34,34 @@ class Splitter:
 
     def parts(self, batch: Any) -> list[Any]:
         """The batch in micro-batches, in order: all of ``rows`` rows but the last."""
-        size, total = self.rows, num_rows(batch)
-        if size is None or total <= size:
+        size = self.rows
+        if size is None or (total := num_rows(batch)) <= size:
             return [batch]
         return [rows_between(batch, start, start + size) for start in range(0, total, size)]
 
-    def halve(self, batch: Any, error: OutOfMemoryError) -> None:
+    def after(self, error: Exception, batch: Any) -> None:
         """Decide on half the rows that have just failed.
 
         Raises:
-            OutOfMemoryError: one row did not fit.
+            OutOfMemoryError: one row did not fit, or fewer rows would not help.
+            Exception: the error itself, if it was no lack of memory.
         """
-        tried = min(self.rows or num_rows(batch), num_rows(batch))
-        if tried < 2:
+        found = error if isinstance(error, OutOfMemoryError) else from_runtime_error(error)
+        if not isinstance(found, OutOfMemoryError):
             raise error
+        tried = min(self.rows or num_rows(batch), num_rows(batch))
+        found.batch_size = tried
+        if tried < 2 or found.kind not in SPLIT_FOR:
+            raise found from (None if found is error else error)
         self.rows = self.agreed(-(-tried // 2))
+
+    def report(self, batch: Any, what: str) -> None:
+        """Say that batches are split from now on."""
+        warnings.warn(
+            f"Memory does not suffice for a batch of {num_rows(batch)} rows: {what} goes on with "
+            f"micro-batches of {self.rows} rows.",
+            stacklevel=4,
+        )
 
     def agreed(self, rows: int) -> int:
         """The number of rows for all ranks, where there are others."""
@@ -86,12 +99,7 @@ class SplittingStep:
             mx.clear_cache()
         step.end_batch(weight)
         if splitter.rows != before:
-            warnings.warn(
-                f"Memory does not suffice for a batch of {num_rows(batch)} rows, so training goes "
-                f"on with micro-batches of {splitter.rows} rows: the same updates, up to rounding "
-                "and batch statistics.",
-                stacklevel=4,
-            )
+            splitter.report(batch, "training")
 
     def settle(self) -> None:
         """Have the device compute the update, and wait: a failure must show at its own batch."""
@@ -116,10 +124,7 @@ class SplittingStep:
             step.forget_parts(
                 window, sums.num_added - num_before, sums.rows.num_batches - rows_before
             )
-            found = _out_of_memory(error, min(self._splitter.rows or math.inf, num_rows(batch)))
-            if found is None or found.kind not in SPLIT_FOR:
-                raise
-            self._splitter.halve(batch, found)
+            self._splitter.after(error, batch)
             return False
         finally:
             step.is_partial = False
@@ -143,14 +148,53 @@ class SplittingStep:
         return [container[name] for container, name in self._places]
 
 
-def _out_of_memory(error: Exception, rows: float) -> OutOfMemoryError | None:
-    if isinstance(error, OutOfMemoryError):
-        return error
-    found = from_runtime_error(error, batch_size=int(rows))
-    if not isinstance(found, OutOfMemoryError):
-        return None
-    found.__cause__ = error
-    return found
+class SplittingEvaluation:
+    """An evaluation step that redoes a batch in halves when memory runs out.
+
+    Args:
+        step: the evaluation step, which changes nothing but its sums.
+        splitter: decides on the size; evaluation has its own.
+    """
+
+    def __init__(self, step: EvaluationStep, splitter: Splitter) -> None:
+        self._step = step
+        self._splitter = splitter
+
+    @property
+    def sums(self) -> Sums:
+        """What the pass has added up so far."""
+        return self._step.sums
+
+    def __call__(self, batch: Any) -> None:
+        """Take a batch: in one piece if that fits, in parts if not."""
+        before = self._splitter.rows
+        while not self._is_computed(batch):
+            mx.clear_cache()
+        if self._splitter.rows != before:
+            self._splitter.report(batch, "evaluation")
+
+    def settle(self) -> None:
+        """Nothing is left to compute: the parts were waited for."""
+
+    def _is_computed(self, batch: Any) -> bool:
+        sums = self._step.sums
+        num_before, rows_before = sums.num_added, sums.rows.num_batches
+        vectors = []
+        try:
+            for part in self._splitter.parts(batch):
+                self._step(part)
+                if sums.batch is not None:
+                    mx.eval(sums.batch, sums.rows.newest)  # host synchronisation
+                    vectors.append(sums.batch)
+        except Exception as error:
+            sums.take_back(sums.num_added - num_before, sums.rows.num_batches - rows_before)
+            self._splitter.after(error, batch)
+            return False
+        if len(vectors) > 1:
+            sums.batch = sum(vectors[1:], vectors[0])
+        if len(sums.pending) > FOLD:
+            sums.fold()
+        return True
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

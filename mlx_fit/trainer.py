@@ -26,7 +26,7 @@ from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.data.feed import Replay
-from mlx_fit.errors import ConfigurationError, from_runtime_error
+from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.fit import Fit
 from mlx_fit.foresight import Foresight
@@ -133,7 +133,7 @@ class Trainer(Stateful):
             nonfinite,
             on_oom,
         )
-        self._splitter = Splitter() if on_oom == "split" else None
+        self._splitters = (Splitter(), Splitter()) if on_oom == "split" else None
         self._options.precision.prepare(model)
         self._setup = OptimizerSetup(optimizer)
         self._arguments = trainer_arguments(self._options, loss, metrics, objective)
@@ -242,7 +242,7 @@ class Trainer(Stateful):
                     interruption,
                     None if given.store is None else Saver(given.store, given.policy, self),
                     resumption,
-                    self._splitter,
+                    self._splitters,
                 )
                 return self._run_fit(given)
 
@@ -275,7 +275,8 @@ class Trainer(Stateful):
             if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
-            taking = step if self._splitter is None else SplittingStep(step, self._splitter)
+            splitters = self._splitters
+            taking = step if splitters is None else SplittingStep(step, splitters[0])
             taking(batch)
             taking.settle()
             if step.settled and step.settled.bad_window:
@@ -317,7 +318,12 @@ class Trainer(Stateful):
                 if step.is_running:
                     step = EvaluationStep(self.model, self._require_objective(), self._options)
                 return evaluate_pass(
-                    self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
+                    self,
+                    step,
+                    replay.batches(),
+                    callback_list,
+                    lambda: self.stop_evaluating,
+                    None if self._splitters is None else self._splitters[1],
                 )
 
     def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
@@ -420,9 +426,9 @@ class Trainer(Stateful):
     def micro_batch_size(self) -> int:
         """Rows that are computed at a time: a batch, or less after memory did not suffice for one.
 
-        It is kept for the rest of the run, and in checkpoints.
+        It is kept for the rest of the run, and in checkpoints. Evaluation has a size of its own.
         """
-        rows = None if self._splitter is None else self._splitter.rows
+        rows = None if self._splitters is None else self._splitters[0].rows
         return rows or self.info.batch_size or self.batch_size
 
     # --- what callbacks see -----------------------------------------------------------------------
@@ -556,6 +562,8 @@ class Trainer(Stateful):
         except BaseException as error:
             typed = from_runtime_error(error, batch_size=self.batch_size)
             if trains:
+                if isinstance(typed, OutOfMemoryError) and self._train_step is not None:
+                    self._train_step.recover()
                 self._drop_train_step()
                 self._scaling = initial_scale() if self._scaling else {}
             if callbacks is not None:

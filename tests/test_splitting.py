@@ -16,6 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 from toys import Do, trainer_of
 
+import mlx_fit
 from mlx_fit import CausalLM, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError, DataError, OutOfMemoryError
@@ -321,15 +322,70 @@ def test_the_size_is_in_the_state_and_comes_back(tmp_path):
     assert third.micro_batch_size == 2
 
 
-def test_evaluation_keeps_its_own_size():
-    trainer, rows = make(2, on_oom="split"), []
+class Evaluated(Net):
+    """A device with little room in evaluation alone; training has plenty."""
 
-    def look(x):
-        rows.append(x.shape[0])
+    def __call__(self, x):
+        if not self.training and self.room is not None and x.shape[0] > self.room:
+            raise RuntimeError(FULL)
+        return self.last(self.norm(nn.relu(self.first(x))))
 
+
+def test_evaluation_is_split_by_a_size_of_its_own():
+    def run(room):
+        trainer = make(on_oom="split")
+        trainer.model = Evaluated(room)
+        trainer.model.load_weights(tree_flatten(make().model.parameters()))
+        return trainer
+
+    split, whole = run(2), run(None)
+    with pytest.warns(UserWarning, match="evaluation goes on with micro-batches of 2") as caught:
+        found = split.evaluate(data(13), verbose=0)
+    assert len(caught) == 1
+    assert split.micro_batch_size == 8
+    expected = whole.evaluate(data(13), verbose=0)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == split.evaluate(data(13), verbose=0)  # silently, from now on
+
+
+def test_validation_that_is_split_does_not_split_training():
+    trainer, plain = make(on_oom="split"), make()
+    trainer.model, plain.model = Evaluated(2), Evaluated(None)
+    for one in (trainer, plain):
+        one.model.load_weights(tree_flatten(make().model.parameters()))
+    bits, history = fitted(trainer, data(), data(16, seed=1), epochs=2)
+    expected, plain_history = fitted(plain, data(), data(16, seed=1), epochs=2)
+    assert_same(bits, expected)
+    assert history.history["val_loss"] == pytest.approx(plain_history.history["val_loss"], rel=1e-6)
+
+
+def test_metrics_of_every_row_see_each_row_once():
+    x = np.linspace(0, 1, 40, dtype=np.float32).reshape(10, 4)
+    y = np.arange(10) % 2
+    values = []
+    for room in (3, None):
+        mx.random.seed(1)
+        model = Evaluated(room)
+        model.last = nn.Linear(16, 1)
+        loss = "binary_cross_entropy"
+        trainer = Trainer(model, optim.SGD(0.0), loss, ["auroc"], on_oom="split", batch_size=5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values.append(trainer.evaluate((x, y[:, None].astype(np.float32)), verbose=0)["auroc"])
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_batch_that_fits_is_traced_once(compile):
+    trainer = make(on_oom="split", compile=compile)
     fitted(trainer, data())
-    trainer.model.first = type("Looking", (nn.Linear,), {})(4, 16)
-    call = nn.Linear.__call__
-    type(trainer.model.first).__call__ = lambda self, x: (look(x), call(self, x))[1]
-    trainer.evaluate(data(16), verbose=0)
-    assert rows == [8]
+    assert trainer._train_step.num_traces == (1 if compile else 5)
+
+
+def test_an_objective_whose_batches_have_no_rows_trains_while_it_fits():
+    def objective(model, batch):
+        return mlx_fit.Sums(model(mx.ones((2, 4))).square().sum() * batch["scale"], 2.0)
+
+    trainer = Trainer(nn.Linear(4, 1), optim.SGD(0.1), objective=objective, on_oom="split")
+    history = trainer.fit([{"scale": np.float32(1.0)}], verbose=0)
+    assert np.isfinite(history.history["loss"][0])

@@ -65,5 +65,4 @@ class MemoryWatch:
                 )
 
     def _cache_limit(self) -> int:
-        wanted = max(LEAST_CACHE, int(SHARE * peak_bytes()))
-        return max(0, min(wanted, self._limit - peak_bytes()))
+        return max(LEAST_CACHE, min(int(SHARE * peak_bytes()), self._limit - peak_bytes()))
