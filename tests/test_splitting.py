@@ -20,6 +20,7 @@ import mlx_fit
 from mlx_fit import CausalLM, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError, DataError, OutOfMemoryError
+from mlx_fit.evaluation import EvaluationStep
 
 FULL = (
     "[metal::malloc] Attempting to allocate 9000 bytes which is greater than the maximum allowed "
@@ -148,10 +149,12 @@ def failing_at_evaluation(monkeypatch, trainer, room, asynchronous):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_failure_at_evaluation_is_redone_with_the_same_bits(monkeypatch, asynchronous):
     small = make(batch_size=2, gradient_accumulation=4)
-    expected, _ = fitted(small, data(), epochs=2)
+    expected, small_history = fitted(small, data(), epochs=2)
     split = make(on_oom="split")
     failing_at_evaluation(monkeypatch, split, 3, asynchronous)
-    assert_same(fitted(split, data(), epochs=2)[0], expected)
+    bits, history = fitted(split, data(), epochs=2)
+    assert_same(bits, expected)
+    assert history.history == small_history.history
     assert split.micro_batch_size == 2
 
 
@@ -346,6 +349,27 @@ def test_evaluation_is_split_by_a_size_of_its_own():
     expected = whole.evaluate(data(13), verbose=0)
     assert found == pytest.approx(expected, rel=1e-6)
     assert found == split.evaluate(data(13), verbose=0)  # silently, from now on
+
+
+def test_what_fails_when_an_evaluation_is_computed_counts_once(monkeypatch):
+    trainer, whole = make(on_oom="split"), make()
+    expected = whole.evaluate(data(13), verbose=0)
+    take, evaluate, rows = EvaluationStep.__call__, mx.eval, []
+
+    def noted(self, batch):
+        rows.append(len(batch[0]))
+        return take(self, batch)
+
+    def failing(*trees):
+        if rows and rows.pop() > 3:
+            raise RuntimeError(FULL)
+        evaluate(*trees)
+
+    monkeypatch.setattr(EvaluationStep, "__call__", noted)
+    monkeypatch.setattr(mx, "eval", failing)
+    with pytest.warns(UserWarning, match="micro-batches of 2"):
+        found = trainer.evaluate(data(13), verbose=0)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_validation_that_is_split_does_not_split_training():
