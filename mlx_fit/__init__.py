@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         callbacks,
         data,
         datasets,
+        distributed,
         errors,
         finetune,
         interop,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from mlx_fit.causal_lm import CausalLM
     from mlx_fit.checkpoint import CheckpointPolicy
     from mlx_fit.data import DataLoader
+    from mlx_fit.distributed import DistributedTrainer, SyncPolicy
     from mlx_fit.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -109,6 +111,7 @@ __all__ = [
     "DeviceError",
     "DeviceMonitor",
     "DistributedError",
+    "DistributedTrainer",
     "EarlyStopping",
     "FreezeUntil",
     "GradientMonitor",
@@ -137,6 +140,7 @@ __all__ = [
     "ResumeError",
     "Sums",
     "Supervised",
+    "SyncPolicy",
     "TensorBoard",
     "TerminateOnNaN",
     "Timer",
@@ -147,6 +151,7 @@ __all__ = [
     "callbacks",
     "data",
     "datasets",
+    "distributed",
     "errors",
     "find_learning_rate",
     "finetune",
@@ -187,6 +192,7 @@ __getattr__, __dir__ = lazy(
         "causal_lm": ("CausalLM",),
         "checkpoint": ("CheckpointPolicy",),
         "data": ("DataLoader",),
+        "distributed": ("DistributedTrainer", "SyncPolicy"),
         "errors": (
             "CheckpointCorruptError",
             "CheckpointError",
@@ -225,6 +231,7 @@ __getattr__, __dir__ = lazy(
         "callbacks",
         "data",
         "datasets",
+        "distributed",
         "errors",
         "finetune",
         "interop",

@@ -13,10 +13,14 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_fit.checks import natural
+from mlx_fit.communicator import ALONE
 from mlx_fit.data.arrays import is_array
+from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
+from mlx_fit.data.split import split_over
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.protocols import Communicator
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.timing import Schedule
 
@@ -40,11 +44,9 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
             f"fit(model, loader) got the model {type(train).__name__}, as Lightning's fit does; "
             "here the trainer has its model. Write Trainer(model, optimizer, ...).fit(loader, val)."
         )
-    if callable(getattr(train, "train_dataloader", None)):
-        raise ConfigurationError(
-            f"fit got a {type(train).__name__}, which makes loaders. Write "
-            "train, val = mlx_fit.lightning.loaders(datamodule), then fit(train, val)."
-        )
+    if is_data_module(train):
+        train, own = fit_loaders(train)
+        val = own if val is None else val
     if is_array(train) and is_array(val):
         raise ConfigurationError(
             "fit(x, y) got two arrays: the second argument is validation data. Write "
@@ -92,13 +94,27 @@ def check_trainer(
         natural("seed", seed)
 
 
-def evaluation_source(data: Any, batch_size: int, name: str = "data") -> Source:
-    """Data for evaluation or prediction: in order, never shuffled."""
+def evaluation_source(
+    data: Any,
+    batch_size: int,
+    name: str = "data",
+    ranks: Communicator = ALONE,
+    stage: str = "test",
+) -> Source:
+    """Data for evaluation or prediction: in order, never shuffled.
+
+    ``stage`` is what a data module is asked for: ``"validate"``, ``"test"`` or ``"predict"``.
+    """
     size = natural("batch_size", batch_size, 1)
-    return as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+    if is_data_module(data):
+        data = loader_for(data, stage)
+    source = as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
+    return split_over(source, ranks)
 
 
-def validation_sets(val: Any, schedule: Schedule, batch_size: int) -> dict[str, Replay]:
+def validation_sets(
+    val: Any, schedule: Schedule, batch_size: int, ranks: Communicator = ALONE
+) -> dict[str, Replay]:
     """The validation sets of ``fit`` by name; the name is ``""`` for a single one."""
     if val is None:
         if schedule.validation_steps is not None or schedule.validation_freq != 1:
@@ -117,7 +133,10 @@ def validation_sets(val: Any, schedule: Schedule, batch_size: int) -> dict[str, 
     steps = schedule.validation_steps
     return {
         name: Replay(
-            evaluation_source(data, batch_size, f"val[{name!r}]" if name else "val"), steps
+            evaluation_source(
+                data, batch_size, f"val[{name!r}]" if name else "val", ranks, stage="validate"
+            ),
+            steps,
         )
         for name, data in sets.items()
     }

@@ -47,9 +47,9 @@ class EvaluationStep:
         return self._batch.num_traces
 
     def __call__(self, batch: Any) -> None:
-        """Add one batch to the sums."""
+        """Add one batch to the sums. None is one of which this rank has no rows."""
         host_batch = batch
-        if self._objective.host_weight(host_batch) == 0.0:
+        if batch is None or self._objective.host_weight(host_batch) == 0.0:
             self.sums.batch = None
             return
         batch = to_mlx(host_batch)

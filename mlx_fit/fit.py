@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.communicator import first_known, join_rows
+from mlx_fit.ending import Ending
 from mlx_fit.errors import Preempted
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.fit_state import BATCHES, BEGIN, DONE, EPOCH_END, MAX_STEPS, FitState
@@ -68,10 +70,14 @@ class Fit:
         self._validation = given.validation
         self._callbacks = callbacks
         self._history = history
-        self._interruption = interruption
+        self._ending = ending = Ending(run, interruption, history)
         self._saver = saver
         self._resumption = resumption
-        self._at = FitState(run, step, given.feed, callbacks, history, saver, self._check_loss)
+        if step.exchange is not None:
+            step.exchange.votes = ending
+        self._at = FitState(
+            run, step, given.feed, callbacks, history, saver, self._check_loss, ending
+        )
 
     def __call__(self) -> History:
         """Run to the end."""
@@ -87,24 +93,32 @@ class Fit:
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
         callbacks.call("on_train_begin", {})
-        self._step.logs_layer_norms = callbacks.wants_layer_norms
+        self._ending.agree()
+        self._step.log_layer_norms(callbacks.wants_layer_norms)
         self._plan_next_event()
         epochs, logs = self._epochs_to_run(), self._history.last
         for epoch in epochs:
             run.epoch = epoch
             logs = self._epoch(epoch)
-            if run.stop_training or self._interruption.name:
+            self._ending.agree()
+            if self._ending.stops or self._ending.signal:
                 break
         self._at.save_end()
         if self._at.phase == BATCHES:
             self._at.recorder.record(run.epoch)  # what a signal has cut off
         self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
-        if self._interruption.name:
-            self._history.stopped_by = self._interruption.name
-        elif run.stop_training and self._history.stopped_by is None:
+        self._ending.agree()
+        if self._ending.signal:
+            self._history.stopped_by = self._ending.signal
+        elif self._ending.stops and self._history.stopped_by is None:
             self._history.stopped_by = "stop_training"
         self._raise_if_terminated()
+        if run.communicator.size > 1:  # what only one rank has seen, such as its memory, included
+            is_known = bool(self._step.sums.layout.computes)
+            rows = self._history.state_dict()
+            known = first_known(run.communicator, rows if is_known else None)
+            self._history.load_state_dict(known or rows)
         return self._history
 
     def _epochs_to_run(self) -> range:
@@ -117,7 +131,7 @@ class Fit:
         if position["phase"] == DONE or first >= schedule.epochs:
             first += position["phase"] == DONE
             self._go_on(self._resumption)
-            if self._run.stop_training:
+            if self._ending.stops:
                 return range(0)
         return range(first, schedule.epochs)
 
@@ -135,20 +149,23 @@ class Fit:
         if at.phase != EPOCH_END:
             at.phase = BATCHES
             self._train(batches)
-            if self._interruption.name and not self._feed.has_ended:
+            if self._ending.signal and not self._feed.has_ended:
                 return {}
             if at.is_cut:
                 at.save()  # more steps can go on from here as if nothing had ended the epoch
             at.recorder.record(epoch)
+            join_rows(run.communicator, step.sums)
             at.logs = self._training_logs() | self._update_logs()
+            if run.communicator.size > 1:
+                at.logs = self._known_logs()
             at.phase = EPOCH_END
             at.keep()
         logs = {k: v for k, v in at.logs.items() if k not in LAST_KEYS}
-        if self._interruption.name:
+        if self._ending.signal:
             return {}
         if self._validation and self._schedule.validates_after(epoch):
             self._validate()
-            if self._interruption.name:
+            if self._ending.signal:
                 # The epoch's training is complete, its end is not: the row is kept, no hook called.
                 self._history.append(epoch, at.logs)
                 return {}
@@ -162,7 +179,7 @@ class Fit:
 
     def _train(self, batches: Iterator[Any]) -> None:
         """Take the epoch's batches, as many as there are before something ends it."""
-        run, step = self._run, self._step
+        step = self._step
         always, displays = self._callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
@@ -178,7 +195,7 @@ class Fit:
             self._is_over()
         step.drain()
         self._check_loss()
-        self._at.is_cut = run.stop_training and not self._feed.has_ended
+        self._at.is_cut = self._ending.stops and not self._feed.has_ended
 
     def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         """Save an epoch that is complete, if it is due."""
@@ -203,18 +220,22 @@ class Fit:
         rate = self._step.learning_rate
         return logs if rate is None else {"learning_rate": float(np.array(rate)), **logs}
 
+    def _known_logs(self) -> dict[str, Any]:
+        """The epoch's logs, from a rank that has seen a batch and knows how to compute them."""
+        is_known = bool(self._step.sums.layout.computes)
+        found = first_known(self._run.communicator, self._at.logs if is_known else None)
+        return self._at.logs if found is None else found
+
     # --- between batches --------------------------------------------------------------------------
 
     def _is_over(self) -> bool:
         """After a batch: do what is due at this step, and say whether the epoch ends here."""
-        step = self._step
+        step, ending = self._step, self._ending
         if not step.window_open and (
-            step.num_windows >= self._at.next_event or perf_counter() >= self._at.save_at
+            step.num_windows >= self._at.next_event or perf_counter() >= ending.save_at
         ):
             self._event()
-        # A signal lets an open window close: a resumed run must cut windows in the same places.
-        is_interrupted = self._interruption.name is not None and not step.window_open
-        return self._run.stop_training or is_interrupted
+        return ending.is_now(step.window_open)
 
     def _event(self) -> None:
         """Record, validate or end, whatever falls on this step."""
@@ -225,21 +246,22 @@ class Fit:
             self._memory.look()
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
-            if not self._interruption.name:
+            if not self._ending.signal:
                 self._at.keep()  # averages may stand in for the weights while it evaluates
                 self._validate()
-            if self._interruption.name:
+            if self._ending.signal:
                 return  # the evaluation stays due, for the run that goes on
             validated = self._at.validated
             self._at.forget_kept()
         else:
             validated = None
         if schedule.max_steps is not None and done >= schedule.max_steps:
-            self._run.request_stop(MAX_STEPS)
+            self._ending.decide(MAX_STEPS)
         self._plan_next_event()
         if validated is not None:
             self._callbacks.call_last("on_validation_end", validated)
-        if self._saver is not None and self._saver.is_due(done):
+        is_late = perf_counter() >= self._ending.save_at
+        if self._saver is not None and self._saver.is_due(done, is_late):
             self._at.save()
 
     def _plan_next_event(self) -> None:
@@ -261,12 +283,12 @@ class Fit:
         if settled is None or settled.bad_window == 0:
             return
         if self._run.quiet_on_nonfinite:
-            self._run.request_stop("TerminateOnNaN")
+            self._ending.decide("TerminateOnNaN")
             return
         raise self._step.bad_loss(self._at.first_step + settled.bad_window, self._run.epoch)
 
     def _raise_if_terminated(self) -> None:
-        if self._interruption.name == "SIGTERM":
+        if self._ending.signal == "SIGTERM":
             self._history.stopped_by = "SIGTERM"
             step = self._run.step
             raise Preempted(f"SIGTERM ended the run after step {step}.", step=step)
@@ -290,12 +312,13 @@ class Fit:
         """Take up a checkpoint's state, then see what is due and whether the limit is reached."""
         at, max_steps = self._at, self._schedule.max_steps
         at.take_up(resumption)
+        self._ending.agree()
         is_event_due = at.next_event == 0
         self._plan_next_event()
         if is_event_due:
             at.next_event = 0
         if max_steps is not None and self._step.num_windows >= max_steps:
-            self._run.request_stop(MAX_STEPS)
+            self._ending.decide(MAX_STEPS)
 
     def state(self) -> TrainState:
         """Everything that a fresh process needs to go on from here. Host synchronisation.
@@ -320,7 +343,8 @@ class Fit:
                 self._stops,
                 self._evaluation_splitter,
             )
-            if self._interruption.name:
+            self._ending.agree()
+            if self._ending.signal:
                 return
             found |= {prefix + key: value for key, value in values.items()}
         self._at.validated, self._at.validated_at = found, self._step.num_windows
@@ -329,7 +353,7 @@ class Fit:
         self._history.evaluations.append(row)
 
     def _stops(self) -> bool:
-        return self._interruption.name is not None
+        return self._ending.signal is not None
 
 
 UPDATE_KEYS = ("grad_norm", "layer_grad_norms", "skipped_updates")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_fit.callbacks.base import CallbackList, numbers
+from mlx_fit.communicator import rows_of_all
 from mlx_fit.data.feed import Feed
+from mlx_fit.ending import Ending
 from mlx_fit.errors import (
     CheckpointError,
     DeviceError,
@@ -42,6 +44,7 @@ class FitState:
         history: the rows so far.
         saver: writes checkpoints, or None.
         check: raises if what would be saved is damaged.
+        ending: what ends the fit, and when a save is due by the clock.
 
     Attributes:
         phase: where in an epoch.
@@ -50,7 +53,6 @@ class FitState:
         validated: values of the newest validation of this epoch.
         validated_at: the window after which that was.
         next_event: the window after which something is due.
-        save_at: the ``time.perf_counter()`` from which on a step is saved.
         first_step: steps that the trainer had taken before this fit.
         recorder: writes the rows of ``history.steps``.
     """
@@ -64,6 +66,7 @@ class FitState:
         history: History,
         saver: Saver | None,
         check: Callable[[], None],
+        ending: Ending,
     ) -> None:
         self._run = run
         self._step = step
@@ -72,13 +75,15 @@ class FitState:
         self._history = history
         self._saver = saver
         self._check = check
+        self._ending = ending
+        self._ranks = run.communicator
         self.phase = BEGIN
         self.is_cut = False
         self.logs: dict[str, Any] = {}
         self.validated: dict[str, Any] = {}
         self.validated_at = -1
         self.next_event: float = 0
-        self.save_at = math.inf if saver is None else saver.due_at
+        ending.set_clock(math.inf if saver is None else saver.due_at)
         self.first_step = run.step - step.num_windows
         self.recorder = StepRecorder(history, step, self.first_step)
         self._kept: TrainState | None = None  # between batches: the last safe place
@@ -110,7 +115,7 @@ class FitState:
             "first_step": self.first_step,
             "trained_at_first": self._trained_at_first,
             "is_event_due": is_event_due,
-            "stops": run.stop_training,
+            "stops": self._ending.stops,
             "validated": self.validated,
             "validated_at": self.validated_at,
             "logs": self.logs if phase == EPOCH_END else {},
@@ -123,12 +128,20 @@ class FitState:
             trainable_names(run.model),
             position,
             step.open_window(),
-            step.sums.state_dict() if is_inside else None,
+            self._sums() if is_inside else None,
             self._callbacks.state_dict(),
             self._history.state_dict(),
             dict(run.info.arguments),
             self._newest_values(),
         )
+
+    def _sums(self) -> dict[str, Any]:
+        """What the epoch has counted, on all ranks."""
+        sums = self._step.sums
+        found = sums.state_dict()
+        if not sums.rows.is_joined:
+            found["rows"] = rows_of_all(self._ranks, found["rows"])
+        return found
 
     def _newest_values(self) -> dict[str, Any]:
         """What is known of the weights as they are, to find the best checkpoint by."""
@@ -155,7 +168,7 @@ class FitState:
         self._check()
         state = self._kept or self.state()
         self._saver.save(state, _mark(state))
-        self.save_at = self._saver.due_at
+        self._ending.set_clock(self._saver.due_at)
 
     def save_end(self) -> None:
         """Save where the fit has ended, and wait until everything is on disk."""
@@ -196,6 +209,9 @@ class FitState:
         if self._saver is None:
             return ""
         try:
+            if self._ranks.size > 1:  # who knows where the others are
+                self._saver.abandon()
+                return ""
             is_damage = (
                 isinstance(error, (NonFiniteLossError, DeviceError, CheckpointError))
                 or type(from_runtime_error(error)) is DeviceError
@@ -243,7 +259,10 @@ class FitState:
             # Another batch size gives another number: then the last window closes with the data.
             num_batches = None if resumption.is_rebatched else run.info.steps_per_epoch
             self._step.start_epoch(num_batches)
-            self._step.load_state_dict(position["step"], state.sums, state.window)
+            sums = state.sums
+            if sums is not None and self._ranks.rank:
+                sums = sums | {"rows": {}}  # rank 0 has them
+            self._step.load_state_dict(position["step"], sums, state.window)
         self.recorder.load_state_dict(position["recorder"])
         self.validated, self.validated_at = position["validated"], position["validated_at"]
         self.logs = position["logs"]

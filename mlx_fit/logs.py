@@ -90,6 +90,22 @@ class Layout:
         self.computes = dict(computes)
         return size
 
+    def plain(self) -> dict[str, Any]:
+        """Where everything is, as plain values."""
+        return {
+            key: {name: [start, list(shape)] for name, (start, shape) in state.items()}
+            for key, state in self.slices.items()
+        }
+
+    def expect_plain(self, slices: Mapping[str, Any]) -> None:
+        """Take over the places that :meth:`plain` gave, until the first trace says otherwise."""
+        self.expect(
+            {
+                key: {name: (start, tuple(shape)) for name, (start, shape) in entry.items()}
+                for key, entry in slices.items()
+            }
+        )
+
     def expect(self, slices: Slices) -> None:
         """Take over the places of a checkpoint's sums, until the first trace says otherwise."""
         self.slices, self._lanes = slices, {}
@@ -137,10 +153,18 @@ def total_of(totals: np.ndarray, vectors: Sequence[mx.array]) -> np.ndarray:
 
 
 class Rows:
-    """The rows of metrics that need every one (AUROC), batch by batch, on the device."""
+    """The rows of metrics that need every one (AUROC), batch by batch, on the device.
+
+    Attributes:
+        num_batches: how many batches.
+        is_joined: whether they are the rows of all ranks, and not of this one alone.
+        batches: key -> name -> arrays.
+        newest: the last batch's.
+    """
 
     def __init__(self) -> None:
         self.num_batches = 0
+        self.is_joined = False
         self.batches: dict[str, dict[str, list[mx.array]]] = {}
         self.newest: Mapping[str, Mapping[str, mx.array]] = {}
 
@@ -158,6 +182,13 @@ class Rows:
         for state in self.batches.values() if count else ():
             for arrays in state.values():
                 del arrays[-count:]
+
+    def joined(self) -> dict[str, dict[str, mx.array]]:
+        """All of them so far: key -> name -> array."""
+        return {
+            key: {name: mx.concatenate(arrays) for name, arrays in state.items()}
+            for key, state in self.batches.items()
+        }
 
     def read(self, key: str, start: int, stop: int) -> State:
         """Rows of the batches from ``start`` to ``stop``, joined. Reads the device."""
@@ -250,6 +281,8 @@ class Sums:
         pending: the vectors since then, on the device, in order.
         tags: a number for each of them, which :attr:`first_bad` tells.
         batch: the packed sums of the last batch, None before the first.
+        open: vectors of a window that waits for other ranks: this rank's part of it. They show in
+            the logs of its batches, and count only when the sums of all ranks take their place.
         rows: rows of metrics that need every one.
         watched: the key whose sums must be finite, or None.
         first_bad: tag and value of the first vector in which they were not, or None.
@@ -268,11 +301,17 @@ class Sums:
         self.totals = np.zeros(self.capacity)
         self.pending: list[mx.array] = []
         self.tags: list[int] = []
+        self.open: list[mx.array] = []
         self.num_folded = 0
         self.first_bad: tuple[int, float] | None = None
         self.batch: mx.array | None = None
         self.rows = Rows()
         self._kept = {}
+
+    @property
+    def capacity_in_use(self) -> int:
+        """Lanes of its vectors; 0 before it is known what they hold."""
+        return self.capacity if self.layout.slices else 0
 
     @property
     def num_added(self) -> int:
@@ -314,17 +353,9 @@ class Sums:
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, for a checkpoint. Host synchronisation."""
-        joined = {
-            key: {name: mx.concatenate(arrays) for name, arrays in state.items()}
-            for key, state in self.rows.batches.items()
-        }
         values = {key: getattr(v, "tolist", lambda v=v: v)() for key, v in self.values().items()}
-        slices = {
-            key: {name: [start, list(shape)] for name, (start, shape) in state.items()}
-            for key, state in self.layout.slices.items()
-        }
-        totals = self.fold().tolist()
-        return {"totals": totals, "slices": slices, "rows": joined, "values": values}
+        totals, slices = self.fold().tolist(), self.layout.plain()
+        return {"totals": totals, "slices": slices, "rows": self.rows.joined(), "values": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from what :meth:`state_dict` gave."""
@@ -332,15 +363,25 @@ class Sums:
         self.lanes = _lanes(self.capacity)
         self.restart()
         self.totals = np.array(state["totals"], np.float64)
-        self.layout.expect(
-            {
-                key: {name: (start, tuple(shape)) for name, (start, shape) in entry.items()}
-                for key, entry in state["slices"].items()
-            }
-        )
+        self.layout.expect_plain(state["slices"])
         if state["rows"]:
             self.rows.append(state["rows"])
         self._kept = dict(state["values"])
+
+    def extend_batch(self, vector: mx.array) -> None:
+        """Put what an update has logged into the newest batch's vector."""
+        both = self.pad(self.pending[-1]) + self.pad(vector)
+        self.pending[-1] = self.batch = both
+
+    def pad(self, vector: mx.array) -> mx.array:
+        """A vector with as many lanes as there are now."""
+        missing = self.capacity - vector.size
+        return mx.pad(vector, (0, missing)) if missing else vector
+
+    def widen(self, capacity: int) -> None:
+        """Have at least so many lanes from now on."""
+        if capacity > self.capacity:
+            self._widen(capacity)
 
     def values(self) -> Mapping[str, Any]:
         """Means over the pass so far."""
@@ -439,18 +480,21 @@ class Logs(MutableMapping[str, Any]):
         # What is needed should somebody keep this object and look when the sums have gone on.
         self._totals, self._vectors = sums.totals, sums.pending[:]
         self._count = sums.num_folded + len(sums.pending)
+        self._open = sums.open[:]
         self._own: dict[str, Any] = {}
         self._gone: set[str] = set()
 
     def _read(self) -> np.ndarray:
         if self._sums.rows is self._rows and self._sums.num_added == self._count:
-            return self._sums.fold()
-        return total_of(self._totals, self._vectors)
+            found = self._sums.fold()
+        else:
+            found = total_of(self._totals, self._vectors)
+        return total_of(found, self._open) if self._open else found
 
     @cached_property
     def running(self) -> Mapping[str, Any]:
         """Means over the pass so far."""
-        return self._values(self._read, self._count, 0)
+        return self._values(self._read, self._count or self._open, 0)
 
     @cached_property
     def batch(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState
 from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.communicator import first_known, gather, join_sums, joined_rows
 from mlx_fit.data.sources import Source
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.loop import Step, run_batches
@@ -31,6 +32,9 @@ def pass_info(kind: str, source: Source, steps: int | None, verbose: int) -> Run
         rows_per_step=size,
         verbose=verbose,
     )
+
+
+_END = object()
 
 
 @contextmanager
@@ -69,9 +73,13 @@ def evaluate_pass(
     finally:
         step.is_running = False
         random_state.restore()
-    sums = step.sums
+    ranks, sums = run.communicator, step.sums
+    join_sums(ranks, sums)
     logs = {key: plain(value) for key, value in sums.values().items()}
     uncounted = [key for key in sums.layout.computes or ["loss"] if key not in logs]
+    if ranks.size > 1:  # one that has had no batch does not know how to compute them
+        known = first_known(ranks, (logs, uncounted) if sums.layout.computes else None)
+        logs, uncounted = known or (logs, uncounted)
     if uncounted and not stops():
         names = ", ".join(uncounted)
         warnings.warn(f"Evaluated without {names}: the weights of all rows sum to 0.", stacklevel=3)
@@ -96,12 +104,16 @@ def predict_pass(
     index = 0
     while True:
         with computing(), seen_as(run, info), evaluation_mode(run.model):
-            if run.stop_predicting or (batch := next(batches, None)) is None:
+            batch = _END if run.stop_predicting else next(batches, _END)
+            if _is_last(run, batch):
                 break
             if index == 0:
                 step.start()
             callbacks.call("on_predict_batch_begin", index, {})
-            outputs = tree_map(to_numpy, step(batch))
+            has_rows = batch is not _END and batch is not None
+            outputs = tree_map(to_numpy, step(batch)) if has_rows else None
+            if run.communicator.size > 1:
+                outputs = joined_rows(run.communicator, outputs)
             callbacks.call("on_predict_batch_end", index, {"outputs": outputs})
         try:
             yield outputs
@@ -110,6 +122,15 @@ def predict_pass(
         index += 1
     with computing(), seen_as(run, info):
         callbacks.call("on_predict_end", {})
+
+
+def _is_last(run: Run, batch: Any) -> bool:
+    """Whether there are no more batches: for several ranks, on none of them."""
+    ranks, has_ended = run.communicator, batch is _END
+    if ranks.size == 1:
+        return has_ended
+    votes = gather(ranks, [has_ended, run.stop_predicting])
+    return all(ended for ended, _ in votes) or any(stops for _, stops in votes)
 
 
 def to_numpy(leaf: Any) -> Any:

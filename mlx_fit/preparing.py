@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_fit.arguments import split_validation, validation_sets
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.checkpoint.store import CheckpointStore
+from mlx_fit.communicator import check_same, first_alone
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
 from mlx_fit.data.sources import as_source
+from mlx_fit.data.split import split_over
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.objective import Supervised
 from mlx_fit.options import StepOptions
-from mlx_fit.protocols import RunInfo
+from mlx_fit.protocols import Communicator, RunInfo
 from mlx_fit.resuming import check_seed, open_store
 from mlx_fit.state import TrainState
 from mlx_fit.timing import Schedule
@@ -61,8 +64,9 @@ def prepare_fit(
     val: Any,
     schedule: Schedule,
     order: Order,
-    *,
     objective: Any,
+    ranks: Communicator,
+    *,
     batch_size: int,
     validation_split: float,
     class_weight: Mapping[Any, float] | None,
@@ -79,12 +83,14 @@ def prepare_fit(
     policy = CheckpointPolicy.get(checkpoint_every)
     weigh = _class_weights(class_weight, objective)
     train, val = split_validation(train, val, validation_split)
-    store, found = open_store(checkpoint_dir, checkpoint_every, resume)
+    store, found = first_alone(ranks, partial(open_store, checkpoint_dir, checkpoint_every, resume))
+    check_same(ranks, "The checkpoint to resume", None if found is None else str(found[0]))
     if found is not None:
         saved = found[1].trainer["order_seed"]
         check_seed(order.given_seed, saved)
         order = replace(order, seed=saved)
     source = as_source(train, batch_size=batch_size, shuffle=shuffle, seed=order.seed, name="train")
+    source = split_over(source, ranks, joins=schedule.steps_per_epoch is None)
     start = max(order.num_passes, schedule.initial_epoch)
     arguments = {
         "batch_size": source.batch_size,
@@ -104,7 +110,7 @@ def prepare_fit(
     return Prepared(
         schedule,
         Feed(source, schedule.steps_per_epoch, start),
-        validation_sets(val, schedule, batch_size),
+        validation_sets(val, schedule, batch_size, ranks),
         weigh,
         policy,
         store,

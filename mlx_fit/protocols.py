@@ -46,6 +46,36 @@ class RunInfo:
         return bool(self.validation_sets)
 
 
+class Communicator(Protocol):
+    """The ranks of a run: processes that train one model together.
+
+    Attributes:
+        rank: of this process, from 0. Rank 0 writes files, and its order, seed and weights count.
+        size: how many there are.
+        uneven: ``"join"``: ranks whose own data has ended take part without samples until all have
+            ended. ``"stop"``: all end with the first.
+    """
+
+    rank: int
+    size: int
+    uneven: str
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, by rank. All of them call it at the same place."""
+
+    def sum(self, arrays: list[mx.array]) -> list[mx.array]:
+        """Elementwise sums over the ranks of arrays of equal shapes and dtypes, evaluated."""
+
+    def at_step(self, step: int) -> None:
+        """Which step the collectives that follow belong to, for messages."""
+
+    def knows(self, error: BaseException) -> None:
+        """All ranks raise this error, so nobody needs to be told of it."""
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks why this one leaves."""
+
+
 class Averages(Protocol):
     """Averages of the weights, which stand in for them in evaluation and in weight files."""
 
@@ -61,9 +91,11 @@ class Run(Protocol):
 
     Attributes:
         averages: the callback that averages the weights of this fit, or None.
+        communicator: the ranks that train together; one, for a plain trainer.
     """
 
     averages: Averages | None
+    communicator: Communicator
     model: nn.Module
     optimizer: Any
     epoch: int

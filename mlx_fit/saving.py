@@ -18,6 +18,7 @@ from mlx_fit.checkpoint.format import Snapshot, frozen_names, take_snapshot
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.checkpoint.store import CheckpointStore
 from mlx_fit.checkpoint.writer import Writer
+from mlx_fit.communicator import on_first
 from mlx_fit.errors import NonFiniteLossError
 from mlx_fit.protocols import Run
 from mlx_fit.state import TrainState
@@ -30,6 +31,8 @@ class Saver:
         store: where to.
         policy: when, and what stays.
         run: the trainer, as callbacks see it.
+
+    Rank 0 writes; the others wait for it, and raise what it raises.
 
     Attributes:
         due_at: the ``time.perf_counter()`` from which on the next step is saved.
@@ -63,10 +66,10 @@ class Saver:
         every = self._policy.num_steps
         return None if every is None else (done // every + 1) * every
 
-    def is_due(self, done: int) -> bool:
-        """Whether to save after ``done`` steps of this fit."""
+    def is_due(self, done: int, is_late: bool) -> bool:
+        """Whether to save after ``done`` steps of this fit; ``is_late`` says that it is by time."""
         every = self._policy.num_steps
-        return perf_counter() >= self.due_at or (every is not None and done % every == 0)
+        return is_late or (every is not None and done % every == 0)
 
     def is_due_after(self, epoch: int) -> bool:
         """Whether to save at the end of an epoch (0-based)."""
@@ -87,11 +90,14 @@ class Saver:
         """
         if mark == self.saved:
             return
+        on_first(self._run.communicator, partial(self._submit, state), state.trainer["step"])
+        self.saved = mark
+        self._set_clock()
+
+    def _submit(self, state: TrainState) -> None:
         higher = None if self._monitor is None else self._monitor.higher_is_better(self._run)
         snapshot = take_snapshot(state, self._expected(state))
         self._writer.submit(partial(self._write, snapshot, higher))
-        self.saved = mark
-        self._set_clock()
 
     def _expected(self, state: TrainState) -> list[str]:
         """The frozen parameters that are not written: those that training has left alone."""
@@ -127,4 +133,8 @@ class Saver:
         Raises:
             CheckpointWriteError, NonFiniteLossError: it failed.
         """
+        on_first(self._run.communicator, self._writer.wait)
+
+    def abandon(self) -> None:
+        """Wait for the last save after an error, without a word to other ranks."""
         self._writer.wait()

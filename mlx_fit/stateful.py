@@ -17,9 +17,10 @@ from mlx_fit.arguments import check_state_dict, folder_path, weights_path
 from mlx_fit.checkpoint.format import take_snapshot
 from mlx_fit.checkpoint.loading import check_state, put_state
 from mlx_fit.checkpoint.store import write_folder
+from mlx_fit.communicator import ALONE, first_alone, on_first, together
 from mlx_fit.fit import Fit
 from mlx_fit.history import History
-from mlx_fit.protocols import Averages, Run
+from mlx_fit.protocols import Averages, Communicator, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
 from mlx_fit.splitting import Splitter
@@ -50,6 +51,7 @@ class Stateful(ABC):
         epoch: the newest epoch, 0-based.
         history: of the newest fit, None before the first.
         averages: the callback that averages the weights of this fit, or None.
+        communicator: the ranks that train together; one, for a plain trainer.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, seed: int | None) -> None:
@@ -58,6 +60,7 @@ class Stateful(ABC):
         self.epoch = 0
         self.history: History | None = None
         self.averages: Averages | None = None
+        self.communicator: Communicator = ALONE
         self._seed = seed
         self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         self._is_seeded = False
@@ -94,7 +97,8 @@ class Stateful(ABC):
             last = self._last_fit or TrainState({}, arguments=self._arguments)
             names = trainable_names(self.model)
             state = replace(last, trainer=self.state_dict(), trainable=names)
-        write_folder(folder_path(path), take_snapshot(state), {})
+        folder = folder_path(path)
+        on_first(self.communicator, lambda: write_folder(folder, take_snapshot(state), {}))
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` or ``fit(checkpoint_dir=...)`` wrote: all of it, or nothing.
@@ -106,7 +110,8 @@ class Stateful(ABC):
             CheckpointMismatchError: lists the names that do not fit the model or the optimizer.
             CheckpointError: the checkpoint is missing or damaged.
         """
-        found, state = read_path(folder_path(path))
+        folder = folder_path(path)
+        found, state = first_alone(self.communicator, lambda: read_path(folder))
         check_state(self.model, self.optimizer, state.trainer, state.trainable, str(found))
         put_state(self.model, self.optimizer, self._scaling, state.trainer)
         self._take_counters(state.trainer)
@@ -126,7 +131,8 @@ class Stateful(ABC):
             NonFiniteLossError: weights or optimizer state hold NaN or infinity; nothing is written.
             CheckpointWriteError: writing failed; an earlier file is untouched.
         """
-        save_weights(weights_path(path), cast("Run", self))
+        path = weights_path(path)
+        on_first(self.communicator, lambda: save_weights(path, cast("Run", self)))
 
     def load_weights(self, path: str | Path, strict: bool = True) -> None:
         """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.
@@ -140,7 +146,8 @@ class Stateful(ABC):
             CheckpointError: the file is missing or unreadable.
         """
         path = weights_path(path)
-        load_parameters(self.model, read_arrays(path), strict=strict, source=str(path))
+        arrays = together(self.communicator, lambda: read_arrays(path))
+        load_parameters(self.model, arrays, strict=strict, source=str(path))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: weights, optimizer, random key and counters."""

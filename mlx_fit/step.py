@@ -3,7 +3,8 @@
 It is compiled with model, optimizer and random state captured as inputs and outputs, the optimizer
 initialised first, and built anew when what is trainable changes.
 
-May import: ``compiled``, ``objective``, ``options``, ``step_state``.
+May import: ``communicator``, ``compiled``, ``objective``, ``options``, ``step_state``,
+``updating``.
 """
 
 from __future__ import annotations
@@ -20,30 +21,29 @@ from mlx.utils import tree_map
 from mlx_fit import gradients as grad
 from mlx_fit._tree import named_arrays, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
+from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.logs import FOLD, divide, nonzero_total, total, unlogged
+from mlx_fit.logs import FOLD
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
-from mlx_fit.precision import next_scale
 from mlx_fit.rates import RateGuard, optimizers_of, settings
 from mlx_fit.step_state import StepState
 from mlx_fit.trainable import check_no_new, check_trained
+from mlx_fit.updating import SCALE_ENDED, Update
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
-SCALE_ENDED = "loss_scale_ended"  # not finite where the loss scale fell below 1
 
 
 class TrainStep(StepState):
     """One batch of training: ``step(batch)``.
 
     Built for one fit, over the model and optimizer as they are then. A window is the
-    ``gradient_accumulation`` batches that make one update.
+    ``gradient_accumulation`` batches that make one update. With an ``exchange`` all ranks make the
+    update together, and a batch of None is one of which this rank has no rows.
 
     Attributes:
-        logs_layer_norms: whether the norms of each layer's gradient are logged. Set it before the
-            first batch.
         guard: called with each batch of a new shape before anything is computed; may raise.
     """
 
@@ -55,20 +55,20 @@ class TrainStep(StepState):
         options: StepOptions,
         scaling: dict[str, mx.array],
         checks_promotion: bool = False,
+        exchange: Exchange | None = None,
     ) -> None:
-        super().__init__(model, options)
+        super().__init__(model, options, exchange)
         self.optimizer = optimizer
         self.objective = objective
         if scaling:
             self.sums.watched = SCALE_ENDED
         elif options.nonfinite == "raise":
             self.sums.watched = "loss"
-        self.logs_layer_norms = False
         self.guard: Callable[[Any], None] | None = None
         self._scaling = scaling
+        self._updates = Update(model, optimizer, options, scaling, self.sums)
         self._checks_promotion = checks_promotion
         self._weight_on_host = True
-        self._masks_weight = False  # set by a trace: whether a batch counts, the device must say
         self._host_batch: Any = None
         self._shapes: dict[Any, str] = {}
         self._old_traces = 0
@@ -86,7 +86,7 @@ class TrainStep(StepState):
         compiles = self.options.compile
         batch_function = self._update_from if self._is_fused else self._accumulate_from
         self._batch = Traced(batch_function, self._state, self._state, compiles)
-        self._flush = Traced(self._update_from_window, self._state, self._state, compiles)
+        self._flush = Traced(self._updates.from_window, self._state, self._state, compiles)
         self._rates = RateGuard(self.optimizer)
         self._rate_state = optimizers_of(self.optimizer)[0].state
 
@@ -100,6 +100,10 @@ class TrainStep(StepState):
         arrays = named_arrays([self.model.state, self.optimizer.state])
         shapes = [(n, a.shape, a.dtype) for n, a in arrays if isinstance(a, mx.array)]
         return [*fingerprint(self.model), settings(self.optimizer), shapes]
+
+    def log_layer_norms(self, is_wanted: bool) -> None:
+        """Log the norms of each layer's gradient, or not. Before the first batch."""
+        self._updates.logs_layer_norms = is_wanted
 
     @property
     def num_traces(self) -> int:
@@ -126,7 +130,9 @@ class TrainStep(StepState):
 
     def __call__(self, batch: Any) -> None:
         """Take one batch: its gradients and, if it is the last of its window, the update."""
-        weight = self.objective.host_weight(batch)
+        weight = 0.0 if batch is None else self.objective.host_weight(batch)
+        if self.exchange is not None and not self._num_in_window:
+            self.exchange.begin(self.model, self.num_windows)
         if weight is None and self._weight_on_host:
             self._weight_on_host = False
             self._rebuild()
@@ -141,8 +147,11 @@ class TrainStep(StepState):
             else:
                 results = self._first_call(key, batch, arrays)
             self._window, sums.batch, rows, *self._gradients_of_batch = results
-            sums.pending.append(sums.batch)
-            sums.tags.append(self.num_windows + 1)
+            if self.exchange is None:
+                sums.pending.append(sums.batch)
+                sums.tags.append(self.num_windows + 1)
+            else:
+                sums.open.append(sums.batch)
             if rows:
                 sums.rows.append(rows)
         else:
@@ -185,7 +194,13 @@ class TrainStep(StepState):
 
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""
-        if self._window:
+        if self.exchange is not None:
+            self._window = self._shared_window(self.exchange)
+        if self._window and self.exchange is not None:
+            flush = partial(self._flush, 0, self._window)
+            self.sums.extend_batch(self.exchange.update(self.model, flush))
+            self._window = []
+        elif self._window:
             self.sums.pending.append(self._flush(0, self._window))
             self.sums.tags.append(self.num_windows + 1)
             self._window = []
@@ -195,13 +210,24 @@ class TrainStep(StepState):
         self.num_windows += 1
         self.window_open = False
 
+    def _shared_window(self, exchange: Exchange) -> list[Any]:
+        """The window of all ranks, and their sums in place of this rank's."""
+        self.is_whole = False
+        sums = self.sums
+        shared = exchange.close(self.model, self._window, sums, self.num_windows)
+        sums.batch, sums.open = shared.vector, []
+        sums.pending.append(shared.vector)
+        sums.tags.append(self.num_windows + 1)
+        self.num_skipped -= shared.logs_skip
+        return shared.window
+
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
         sums = self.sums
         if self._rates.is_needed:
             self._rates.note()
         self.learning_rate = self._rate_state.get("learning_rate")
-        live = self._state, self._window, sums.pending[-2:], sums.rows.newest
+        live = self._state, self._window, sums.pending[-2:], sums.open, sums.rows.newest
         if not self._is_async:
             try:
                 mx.eval(*live)  # host synchronisation, the one of a step
@@ -247,11 +273,11 @@ class TrainStep(StepState):
         """
         terms, gradients, is_good = self._gradients(batch)
         conditions = [] if is_good is None else [is_good]
-        if self._masks_weight:
+        if self._updates.masks_weight:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
-        entries = self._update(gradients, conditions, overflowed)
-        results = window, self._pack(terms, entries), terms.rows
+        entries = self._updates.apply(gradients, conditions, overflowed)
+        results = window, self._updates.pack(terms, entries), terms.rows
         return (*results, gradients) if self.options.on_oom == "split" else results
 
     def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
@@ -267,22 +293,8 @@ class TrainStep(StepState):
         if window:
             weighted = tree_map(mx.add, window[0], weighted)
             weight, num_bad = window[1] + weight, window[2] + num_bad
-        vector = self._pack(terms, self._no_update())
+        vector = self._updates.pack(terms, self._updates.nothing())
         return [weighted, weight, num_bad], vector, terms.rows
-
-    def _update_from_window(self, window: list[Any]) -> mx.array:
-        """The update of an accumulated window: one division by its whole weight."""
-        gradients, weight, num_bad = window
-        conditions, overflowed = [], None
-        if self._masks_weight or self.options.masks_bad_batches:
-            conditions.append(weight > 0)
-            weight = mx.where(weight > 0, weight, 1.0)
-        if self._scaling:
-            overflowed = num_bad > 0
-            conditions.append(mx.logical_not(overflowed))
-        gradients = tree_map(lambda g: g / weight, gradients)
-        entries = self._update(gradients, conditions, overflowed)
-        return self.sums.place(entries) if entries else mx.zeros_like(self.sums.lanes)
 
     def _gradients(self, batch: Any) -> tuple[Terms, Any, mx.array | None]:
         """Terms, gradients of the mean loss, and whether both are finite (None: not asked)."""
@@ -303,7 +315,7 @@ class TrainStep(StepState):
         model.update(parameters)  # the transform leaves its own arrays in the model
         terms = found[-1]
         if isinstance(terms.weight, mx.array) and not self._weight_on_host:
-            self._masks_weight = True
+            self._updates.masks_weight = self.exchange is None  # else the host sees it
         if self._host_batch is not None:
             self.objective.host_weight(self._host_batch)  # the number of classes is known now
         if scale is not None:
@@ -313,77 +325,3 @@ class TrainStep(StepState):
         is_good = mx.logical_and(mx.isfinite(terms.mean), grad.all_finite(gradients))
         select(is_good, model.state, before)
         return terms, gradients, is_good
-
-    def _update(
-        self, gradients: Any, conditions: list[mx.array], overflowed: mx.array | None
-    ) -> dict[str, dict[str, mx.array]]:
-        """Clip and apply averaged gradients where all conditions hold; what to log about it."""
-        options, model = self.options, self.model
-        entries = self._no_update()
-        norm: mx.array | None = None
-        layer_norms = grad.layer_norms(model, gradients) if self.logs_layer_norms else None
-        if layer_norms is not None:
-            norm = mx.sqrt(layer_norms.square().sum())
-        if options.clip_norm is not None:
-            norm = grad.global_norm(gradients)
-            gradients = grad.clip_by_norm(gradients, norm, options.clip_norm)
-        if options.clip_value is not None:
-            gradients = grad.clip_by_value(gradients, options.clip_value)
-        parameters = model.trainable_parameters()
-        gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
-        applies: mx.array | None = None
-        if conditions:
-            applies = mx.stack(conditions).all()
-            before = snapshot(parameters), snapshot(self.optimizer.state)
-        self.optimizer.update(model, gradients)
-        if applies is not None:
-            parameters = model.trainable_parameters()
-            select(applies, parameters, before[0])
-            model.update(parameters)
-            select(applies, self.optimizer.state, before[1])
-            entries["skipped_updates"] = {"sum": mx.where(applies, 0.0, 1.0)}
-        if norm is not None:
-            done = mx.array(1.0) if applies is None else applies.astype(mx.float32)
-            entries["grad_norm"] = {"sum": mx.where(done > 0, norm, 0.0), "weight": done}
-            if layer_norms is not None:
-                sums = mx.where(done > 0, layer_norms, 0.0)
-                entries["layer_grad_norms"] = {"sum": sums, "weight": done}
-        if self._scaling and overflowed is not None:
-            self._scaling.update(next_scale(self._scaling, overflowed))
-            # An overflow is no error, until the scale has nowhere left to go.
-            has_ended = overflowed & (self._scaling["scale"] < 1)
-            entries[SCALE_ENDED] = {"sum": mx.where(has_ended, math.nan, 0.0)}
-        return entries
-
-    def _no_update(self) -> dict[str, dict[str, mx.array]]:
-        """Entries of the packed vector that only an update fills."""
-        zero = mx.array(0.0)
-        entries: dict[str, dict[str, mx.array]] = {}
-        if self.options.clip_norm is not None or self.logs_layer_norms:
-            entries["grad_norm"] = {"sum": zero, "weight": zero}
-        if self.logs_layer_norms:
-            zeros = mx.zeros((len(grad.layer_names(self.model)),))
-            entries["layer_grad_norms"] = {"sum": zeros, "weight": zero}
-        if self.options.masks_bad_batches or self._masks_weight:
-            entries["skipped_updates"] = {"sum": zero}
-        if self._scaling:
-            entries[SCALE_ENDED] = {"sum": zero}
-        return entries
-
-    def _pack(self, terms: Terms, entries: dict[str, dict[str, mx.array]]) -> mx.array:
-        computes = dict(terms.computes)
-        if "grad_norm" in entries:
-            computes["grad_norm"] = divide
-        if "layer_grad_norms" in entries:
-            computes["layer_grad_norms"] = grad.named_norms(self.model)
-        if "skipped_updates" in entries:
-            computes["skipped_updates"] = total if self.options.masks_bad_batches else nonzero_total
-        if SCALE_ENDED in entries:
-            computes[SCALE_ENDED] = unlogged
-        states = terms.states
-        if self.options.masks_bad_batches:
-            # Gradients alone may overflow: then the loss still counts.
-            is_finite = mx.isfinite(terms.mean)
-            keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
-            states, terms.rows = keep(states), keep(terms.rows)
-        return self.sums.pack(states | entries, computes)

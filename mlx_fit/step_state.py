@@ -1,6 +1,6 @@
 """Where a training step is in its epoch: what it counts, what is under way, and how to go back.
 
-Imports layer 2: options.
+Imports layer 2: communicator, options.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_fit._tree import named_arrays, snapshot
+from mlx_fit.communicator import Exchange
 from mlx_fit.logs import Settled, Sums
 from mlx_fit.options import StepOptions
 from mlx_fit.trainable import load_window
@@ -27,6 +28,7 @@ class StepState(ABC):
     Args:
         model: the model.
         options: how a batch becomes an update.
+        exchange: puts windows together with those of other ranks, or None.
 
     Attributes:
         sums: what the epoch has added up so far.
@@ -40,9 +42,10 @@ class StepState(ABC):
         is_partial: whether what is taken is a part of a batch; :meth:`end_batch` ends the batch.
     """
 
-    def __init__(self, model: nn.Module, options: StepOptions) -> None:
+    def __init__(self, model: nn.Module, options: StepOptions, exchange: Exchange | None) -> None:
         self.model = model
         self.options = options
+        self.exchange = exchange
         self.sums = Sums()
         self.window_open = False
         self.num_windows = 0
@@ -52,7 +55,7 @@ class StepState(ABC):
         self.is_whole = True
         self.is_partial = False
         self._state: list[Any] = []
-        self._is_fused = options.gradient_accumulation == 1
+        self._is_fused = options.gradient_accumulation == 1 and exchange is None
         self._last_batch: int | None = None
         self._first_window = 0  # windows before this epoch
         self._window: list[Any] = []
@@ -61,7 +64,8 @@ class StepState(ABC):
         # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
         self._in_flight: deque[tuple[int, int]] = deque()
         self._settled: tuple[int, int] | None = None
-        self._is_async = mx.default_device().type != mx.DeviceType.cpu
+        is_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self._is_async = not is_cpu and exchange is None
 
     @abstractmethod
     def close_window(self) -> None:
@@ -178,5 +182,11 @@ class StepState(ABC):
         """
         mx.clear_cache()
         with contextlib.suppress(RuntimeError, MemoryError):
-            mx.eval(self._state, self._window, self.sums.pending[-2:], self.sums.rows.newest)
+            mx.eval(
+                self._state,
+                self._window,
+                self.sums.pending[-2:],
+                self.sums.open,
+                self.sums.rows.newest,
+            )
             self.is_whole = True

@@ -25,6 +25,7 @@ from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
+from mlx_fit.communicator import Exchange, reporting
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
@@ -38,7 +39,7 @@ from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_a
 from mlx_fit.plan import MemoryPlan
 from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.preparing import Order, Prepared, prepare_fit, run_info, trainer_arguments
-from mlx_fit.protocols import RunInfo
+from mlx_fit.protocols import Communicator, RunInfo
 from mlx_fit.rates import OptimizerSetup
 from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
@@ -141,6 +142,10 @@ class Trainer(Stateful):
         mx.eval(model.state, optimizer.state if optimizer is not None else [])
         self._scaling = initial_scale() if self._options.precision.scales_loss else {}
         self._warns_of_promotion = precision.startswith("mixed")
+        # What a trainer of several ranks puts in their place: who makes an update together, and how
+        # all of them start with the same.
+        self._make_exchange: Callable[[StepOptions, bool], Exchange | None] = _no_exchange
+        self._align: Callable[[], None] = _nothing_to_align
         self._evaluation_step: EvaluationStep | None = None
         self._prediction_step: PredictionStep | None = None
 
@@ -210,27 +215,27 @@ class Trainer(Stateful):
             *(epochs, initial_epoch, max_steps, steps_per_epoch),
             *(validation_freq, validation_steps, log_every),
         )
-        given = prepare_fit(
-            train,
-            val,
-            schedule,
-            Order(self._seed, self._order_seed, self._num_passes),
-            objective=self._objective,
-            batch_size=self.batch_size,
-            validation_split=validation_split,
-            class_weight=class_weight,
-            shuffle=shuffle,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-        )
+        order = Order(self._seed, self._order_seed, self._num_passes)
+        with reporting(self.communicator):
+            given = prepare_fit(
+                *(train, val, schedule, order, self._objective, self.communicator),
+                batch_size=self.batch_size,
+                validation_split=validation_split,
+                class_weight=class_weight,
+                shuffle=shuffle,
+                checkpoint_dir=checkpoint_dir,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
         interruption = Interruption()
         with training_mode(self.model), watched(interruption):
             self._seed_once()
+            with reporting(self.communicator):
+                self._align()
             history = self._start_run(given, resolve_verbose(verbose))
             resumption = self._resume(given)
             watchers = [callbacks, HistoryRecorder(history), progress(self.info.verbose)]
-            callback_list = CallbackList(watchers, self, history.params)
+            callback_list = CallbackList(watchers, self, history.params, self._is_first)
             with self._computing(callback_list, trains=True):
                 self._fit = Fit(
                     self,
@@ -306,11 +311,12 @@ class Trainer(Stateful):
         Returns:
             ``{"loss": ..., <metric>: ...}``. A key over which no weight was counted is left out.
         """
-        source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
+        source = evaluation_source(data, *self._evaluated(batch_size))
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         self.stop_evaluating = False
         with seen_as(self, pass_info("evaluate", source, steps, verbose)):
-            callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
+            watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
+            callback_list = CallbackList(watchers, self, params, self._is_first)
             with self._computing(callback_list):
                 step = self._evaluation_step or self._new_evaluation_step()
                 if step.model is not self.model:
@@ -368,9 +374,10 @@ class Trainer(Stateful):
         verbose: int | str = "auto",
     ) -> Iterator[Any]:
         """Like :meth:`predict`, batch by batch: memory for one batch of outputs only."""
-        source = evaluation_source(data, self.batch_size if batch_size is None else batch_size)
+        source = evaluation_source(data, *self._evaluated(batch_size), stage="predict")
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
-        callback_list = CallbackList([callbacks, progress(verbose)], self, {"verbose": verbose})
+        watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
+        callback_list = CallbackList(watchers, self, params, self._is_first)
         step = self._prediction_step
         if step is None or step.model is not self.model:
             step = self._prediction_step = PredictionStep(self.model, self._options)
@@ -456,6 +463,15 @@ class Trainer(Stateful):
         if self.history is not None and self.history.stopped_by is None:
             self.history.stopped_by = reason
 
+    @property
+    def _is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.communicator.rank == 0
+
+    def _evaluated(self, batch_size: int | None) -> tuple[int, str, Communicator]:
+        """How data for an evaluation is batched, what it is called, and who shares it."""
+        return self.batch_size if batch_size is None else batch_size, "data", self.communicator
+
     # --- preparation ------------------------------------------------------------------------------
 
     def _run_fit(self, given: Prepared) -> History:
@@ -539,6 +555,7 @@ class Trainer(Stateful):
             self._options,
             self._scaling,
             self._warns_of_promotion,
+            self._make_exchange(self._options, bool(self._scaling)),
         )
         self._train_step.guard = guard
         self._warns_of_promotion = False
@@ -561,6 +578,7 @@ class Trainer(Stateful):
                 yield
         except BaseException as error:
             typed = from_runtime_error(error, batch_size=self.batch_size)
+            self.communicator.report(typed or error)
             if trains:
                 if isinstance(typed, OutOfMemoryError) and self._train_step is not None:
                     self._train_step.recover()
@@ -571,3 +589,12 @@ class Trainer(Stateful):
             if typed is not None:
                 raise typed from error
             raise
+
+
+def _no_exchange(options: StepOptions, scales_loss: bool) -> Exchange | None:
+    """One process has nobody to exchange with."""
+    return None
+
+
+def _nothing_to_align() -> None:
+    """One process starts with what it has."""

@@ -31,6 +31,8 @@ class Callback:
         due_at: None: told of the end of every training batch. A callback that only displays sets
             it to the ``time.perf_counter()`` from which on it wants to be told of the next.
         wants_layer_norms: whether the step is to log ``layer_grad_norms``.
+        first_rank_only: with several ranks it is called on rank 0 alone, because it writes or
+            prints. It must not call what all ranks do together.
 
     Example:
         >>> class Announce(Callback):
@@ -43,6 +45,7 @@ class Callback:
     due_at: float | None = None
     runs_last: bool = False
     wants_layer_norms: bool = False
+    first_rank_only: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -134,24 +137,28 @@ class CallbackList:
         callbacks: one callback, or (nested) lists of them.
         run: what they watch.
         params: what they get as ``params``.
+        is_first: whether those are called that write on rank 0 only.
     """
 
-    def __init__(self, callbacks: Any, run: Run, params: dict[str, Any]) -> None:
+    def __init__(
+        self, callbacks: Any, run: Run, params: dict[str, Any], is_first: bool = True
+    ) -> None:
         self.callbacks = sorted(flatten(callbacks), key=lambda callback: callback.runs_last)
         for callback in self.callbacks:
             _warn_of_unknown_hooks(callback)
             callback.trainer = run
             callback.params = params
+        self._called = [c for c in self.callbacks if is_first or not c.first_rank_only]
         self._bound: dict[str, list[Callable[..., None]]] = {}
         self._last: dict[str, list[Callable[..., None]]] = {}
         for hook in HOOKS:
-            own = [callback for callback in self.callbacks if _overrides(callback, hook)]
+            own = [callback for callback in self._called if _overrides(callback, hook)]
             self._bound[hook] = [self._method(callback, hook) for callback in own]
             self._last[hook] = [self._method(c, hook) for c in own if c.runs_last]
 
     def _method(self, callback: Callback, hook: str) -> Callable[..., None]:
         method = getattr(callback, hook)
-        for watcher in self.callbacks if hook != "on_exception" else []:
+        for watcher in self._called if hook != "on_exception" else []:
             if isinstance(watcher, HookWatcher):
                 method = watcher.watched(callback, hook, method)
         return method
@@ -164,7 +171,7 @@ class CallbackList:
         self,
     ) -> tuple[list[Callable[..., None]], list[tuple[Callback, Callable[..., None]]]]:
         """Who is told of the end of every training batch, and who only when it is due."""
-        hooks = [c for c in self.callbacks if _overrides(c, "on_train_batch_end")]
+        hooks = [c for c in self._called if _overrides(c, "on_train_batch_end")]
         methods = [(c, self._method(c, "on_train_batch_end")) for c in hooks]
         always = [method for callback, method in methods if callback.due_at is None]
         return always, [(c, method) for c, method in methods if c.due_at is not None]
@@ -192,6 +199,8 @@ class CallbackList:
         """
         named = {name: c for name, c in self._named().items() if _has_state(c)}
         for name in named.keys() & states.keys():
+            if named[name] not in self._called:
+                continue
             try:
                 named[name].load_state_dict(states[name])
             except (KeyError, TypeError, ValueError, AttributeError) as error:

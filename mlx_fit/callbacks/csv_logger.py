@@ -27,6 +27,8 @@ class CSVLogger(Callback):
             of that epoch and later.
     """
 
+    first_rank_only = True
+
     def __init__(self, filename: str | Path, separator: str = ",", append: bool = False) -> None:
         if not isinstance(separator, str) or len(separator) != 1:
             raise ConfigurationError(

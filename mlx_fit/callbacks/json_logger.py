@@ -32,6 +32,8 @@ class JSONLogger(Callback):
         >>> callback = JSONLogger("runs/log.jsonl")
     """
 
+    first_rank_only = True
+
     def __init__(self, path: str | Path, append: bool = False) -> None:
         if not isinstance(path, (str, Path)):
             raise ConfigurationError(f"JSONLogger: path={path!r}; expected a path.")

@@ -44,6 +44,8 @@ class Predictions(Callback):
         >>> callback = Predictions((x, y), "runs/a", class_names=["cat", "dog"])
     """
 
+    first_rank_only = True
+
     def __init__(
         self,
         data: Any,

@@ -52,6 +52,8 @@ class Profiler(HookWatcher):
         >>> # trainer.fit(train, callbacks=[profiler, ...]); print(profiler.table())
     """
 
+    first_rank_only = True
+
     def __init__(
         self, trace: str | Path | None = None, prints: bool = True, max_events: int = 100_000
     ) -> None:

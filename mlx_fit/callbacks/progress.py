@@ -38,6 +38,8 @@ def progress(verbose: int) -> list[Callback]:
 class Lines(Callback):
     """One line per epoch, for logs, pipes and CI."""
 
+    first_rank_only = True
+
     def __init__(self) -> None:
         self._start = 0.0
         self._num_tested = 0
@@ -108,6 +110,8 @@ class Bar:
 
 class Bars(Callback):
     """A live bar for training, validation and prediction, and a line for each finished epoch."""
+
+    first_rank_only = True
 
     def __init__(self) -> None:
         self._screen: Screen = Notebook() if in_notebook() else Terminal()

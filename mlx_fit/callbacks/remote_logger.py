@@ -38,6 +38,8 @@ class RemoteLogger(Callback):
         >>> callback = RemoteLogger("http://127.0.0.1:9000/publish")
     """
 
+    first_rank_only = True
+
     def __init__(
         self,
         url: str,

@@ -62,6 +62,8 @@ class TensorBoard(Callback):
         >>> # in a callback: board.add_image("samples", images); board.add_text("note", "hello")
     """
 
+    first_rank_only = True
+
     def __init__(
         self,
         log_dir: str | Path = "runs",

@@ -51,12 +51,16 @@ class ClassWeights:
         self._labels = np.array(sorted(weights), dtype=np.int64)
         self._weights = np.array([weights[label] for label in sorted(weights)], dtype=np.float32)
 
-    def __call__(self, batch: Any) -> tuple[Any, Any, np.ndarray]:
+    def __call__(self, batch: Any) -> tuple[Any, Any, np.ndarray] | None:
         """``(x, y)`` or ``(x, y, weights)`` as ``(x, y, weights)``, with float32 weights.
+
+        None, where another rank has all rows of a batch, stays None.
 
         Raises:
             ConfigurationError: the batch has no ``y``, or several.
         """
+        if batch is None:
+            return None
         if not isinstance(batch, tuple | list) or is_named_tuple(batch) or not 2 <= len(batch) <= 3:
             raise ConfigurationError(
                 f"class_weight needs batches (x, y) or (x, y, weights), not a "

@@ -1,11 +1,13 @@
 """DataLoader: batches of a dataset, in an order that can be resumed.
 
-Imports layer 2: data.batching, data.dataset, data.options, data.position, data.reader, data.recipe.
+Imports layer 2: data.batching, data.dataset, data.options, data.position, data.reader, data.recipe,
+data.shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from copy import copy
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -20,9 +22,10 @@ from mlx_fit.data.batching import (
 from mlx_fit.data.dataset import is_dataset, rows_of
 from mlx_fit.data.options import check_exclusions, check_stream, seed_of, worker_options
 from mlx_fit.data.order import ORDER_VERSION, order
-from mlx_fit.data.position import Position, check_state
+from mlx_fit.data.position import Place, Position, check_state
 from mlx_fit.data.reader import Reader
 from mlx_fit.data.recipe import Recipe
+from mlx_fit.data.shares import check_replica
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = ["DataLoader"]
@@ -68,8 +71,13 @@ class DataLoader:
         persistent_workers: keep the processes for the next pass.
         pin_memory: accepted for PyTorch's sake, and without meaning: MLX's memory is unified.
         seed: for the order and the draws of :class:`Map`. None draws one, which the state keeps.
+        num_replicas, rank: for a hand-written loop on several ranks: yield of each batch the share
+            of rank ``rank`` (as many rows for all, give or take one; ``batch_size`` stays that of
+            the whole batch). The batches are the same for any number of ranks, and so is the state.
+            All ranks need the same ``seed``. A :class:`DistributedTrainer` splits by itself.
 
     Attributes:
+        draws_seed: whether no seed was given.
         wait_seconds: what iterators have waited for batches so far, in all passes.
 
     Raises:
@@ -105,14 +113,11 @@ class DataLoader:
         persistent_workers: bool = False,
         pin_memory: bool = False,
         seed: int | None = None,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
     ) -> None:
-        check_exclusions(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            sampler=sampler,
-            batch_sampler=batch_sampler,
-            drop_last=drop_last,
-        )
+        check_exclusions(batch_size, shuffle, sampler, batch_sampler, drop_last)
         self.dataset = rows_of(dataset)
         self.batch_size = (
             None if batch_sampler is not None else natural("batch_size", batch_size, 1)
@@ -126,21 +131,20 @@ class DataLoader:
         self.persistent_workers = persistent_workers
         self.pin_memory = boolean("pin_memory", pin_memory)
         self.seed = seed_of(seed, generator)
-        self._draws_seed = seed is None and generator is None
+        self.draws_seed = seed is None and generator is None
         self._num_rows = len(self.dataset) if hasattr(self.dataset, "__len__") else None
-        self._position = Position(epoch=0, samples_consumed=0)
-        self._is_loaded = False  # the position is where to start, not where an iterator has come
-        self._is_spent = False  # the dataset is an iterator, and was read
+        self._place = Place(Position(epoch=0, samples_consumed=0))
         is_stream = not is_dataset(self.dataset)
         if is_stream:
-            check_stream(
-                self.dataset, shuffle=shuffle, sampler=sampler, batch_sampler=batch_sampler
-            )
-        self._recipe = Recipe(self.dataset, collate_fn, self.batch_size, self.drop_last, is_stream)
-        options = worker_options(
+            check_stream(self.dataset, shuffle, sampler, batch_sampler)
+        self.num_replicas, self.rank = check_replica(num_replicas, rank)
+        whole = Recipe(self.dataset, collate_fn, self.batch_size, self.drop_last, is_stream)
+        self._recipe = replace(whole, num_replicas=self.num_replicas, rank=self.rank)
+        self._options = worker_options(
             num_workers, timeout, worker_init_fn, prefetch_factor, persistent_workers
         )
-        self._reader = Reader(self._recipe, options)
+        self._reader = Reader(self._recipe, self._options)
+        self._shares: dict[tuple[int, int], Reader] = {}
         num_samples = self._num_samples()
         if drop_last and num_samples is not None and num_samples < batch_size:
             raise ConfigurationError(
@@ -168,18 +172,31 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or what a loaded state left of it."""
-        if self._is_spent:
+        if self._place.is_spent:
             raise DataError(
                 f"The dataset of this DataLoader, a {type(self.dataset).__name__}, is an iterator, "
                 "which can be read once. Pass an object whose __iter__ starts again."
             )
-        self._is_spent = self._recipe.is_one_shot
-        position = Position(self._position.epoch, 0)
-        if self._is_loaded:
-            position = replace(self._position)
-        self._position, self._is_loaded = position, False
+        self._place.is_spent = self._recipe.is_one_shot
+        position = Position(self._place.position.epoch, 0)
+        if self._place.is_loaded:
+            position = replace(self._place.position)
+        self._place.position, self._place.is_loaded = position, False
         first, batches = self._batches(position)
         return self._reader.read(position, self.seed, enumerate(batches, first), self._finish)
+
+    def shard(self, num_replicas: int, rank: int) -> DataLoader:
+        """This loader for one rank of several: it yields that rank's share of each batch.
+
+        Both are in one place in the data: what one has read, the other has read as well.
+        """
+        num_replicas, rank = check_replica(num_replicas, rank)
+        loader = copy(self)
+        loader.num_replicas, loader.rank = num_replicas, rank
+        loader._recipe = replace(self._recipe, num_replicas=num_replicas, rank=rank)
+        reader = self._shares.get((num_replicas, rank)) or Reader(loader._recipe, self._options)
+        loader._reader = self._shares[num_replicas, rank] = reader
+        return loader
 
     @property
     def wait_seconds(self) -> float:
@@ -191,23 +208,23 @@ class DataLoader:
 
         Setting the epoch where the loader is anyway keeps a loaded position.
         """
-        if epoch != self._position.epoch:
-            self._position = Position(natural("epoch", epoch), 0)
+        if epoch != self._place.position.epoch:
+            self._place.position = Position(natural("epoch", epoch), 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position as a small dict for JSON: what was handed out, of which epoch and set-up."""
         state = {
             "version": ORDER_VERSION,
             "seed": self.seed,
-            "epoch": self._position.epoch,
-            "samples_consumed": self._position.samples_consumed,
+            "epoch": self._place.position.epoch,
+            "samples_consumed": self._place.position.samples_consumed,
             "n": self._num_rows,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
         }
         if self._recipe.is_stateful:
-            state["dataset_state"] = self._position.dataset_state
+            state["dataset_state"] = self._place.position.dataset_state
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,12 +236,12 @@ class DataLoader:
         Raises:
             ResumeError: the state belongs to another set-up, or is no state of a DataLoader.
         """
-        check_state(state, self.state_dict(), self._draws_seed)
+        check_state(state, self.state_dict(), self.draws_seed)
         self.seed = state["seed"]
-        self._position = Position(
+        self._place.position = Position(
             state["epoch"], state["samples_consumed"], state.get("dataset_state")
         )
-        self._is_loaded = True
+        self._place.is_loaded = True
 
     def _num_samples(self) -> int | None:
         """Samples of an epoch, before ``drop_last``."""
@@ -234,8 +251,8 @@ class DataLoader:
 
     def _finish(self, position: Position) -> None:
         # An old iterator that ends late must not move a loader that has gone elsewhere.
-        if position.epoch == self._position.epoch and not self._is_loaded:
-            self._position = Position(position.epoch + 1, 0)
+        if position.epoch == self._place.position.epoch and not self._place.is_loaded:
+            self._place.position = Position(position.epoch + 1, 0)
 
     def _batches(self, position: Position) -> tuple[int, Iterator[Any]]:
         """The number of the first batch, and from it on each one's row indices (a stream: rows)."""

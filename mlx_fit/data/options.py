@@ -17,7 +17,7 @@ __all__ = ["WorkerOptions", "check_exclusions", "check_stream", "seed_of", "work
 
 
 def check_exclusions(
-    *, batch_size: Any, shuffle: Any, sampler: Any, batch_sampler: Any, drop_last: Any
+    batch_size: Any, shuffle: Any, sampler: Any, batch_sampler: Any, drop_last: Any
 ) -> None:
     """PyTorch's rules: a sampler replaces ``shuffle``, a batch_sampler everything about batches.
 
@@ -38,7 +38,7 @@ def check_exclusions(
         )
 
 
-def check_stream(dataset: Any, *, shuffle: bool, sampler: Any, batch_sampler: Any) -> None:
+def check_stream(dataset: Any, shuffle: bool, sampler: Any, batch_sampler: Any) -> None:
     """What reading a dataset that is no more than an iterable of rows rules out.
 
     Raises:

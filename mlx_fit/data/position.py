@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fit.errors import ResumeError
 
-__all__ = ["Position", "check_state"]
+__all__ = ["Place", "Position", "check_state"]
 
 
 @dataclass
@@ -23,6 +23,21 @@ class Position:
     epoch: int
     samples_consumed: int
     dataset_state: Any = None
+
+
+@dataclass
+class Place:
+    """Where a loader is, and with it its shares for several ranks.
+
+    Attributes:
+        position: of the newest pass.
+        is_loaded: the position is where to start, not where an iterator has come.
+        is_spent: the dataset is an iterator, and was read.
+    """
+
+    position: Position
+    is_loaded: bool = False
+    is_spent: bool = False
 
 
 def check_state(state: Any, current: dict[str, Any], draws_seed: bool) -> None:

@@ -1,6 +1,6 @@
 """What makes batches of rows, wherever it runs: the caller's thread, another, or a process.
 
-Imports layer 2: data.arrays, data.batching, data.dataset, data.fetch.
+Imports layer 2: data.arrays, data.batching, data.dataset, data.fetch, data.shares.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mlx_fit.data.arrays import flatten
 from mlx_fit.data.batching import from_stream
 from mlx_fit.data.dataset import seeded
 from mlx_fit.data.fetch import fetcher, stream_fetcher
+from mlx_fit.data.shares import Sharded
 from mlx_fit.errors import DataError
 
 __all__ = ["MlxWatch", "Prepared", "Recipe", "refuse_mlx"]
@@ -39,6 +40,7 @@ class Recipe:
         batch_size: rows of a batch; None where a batch_sampler decides.
         drop_last: leave out a short last batch.
         is_stream: the dataset can only be iterated over.
+        num_replicas, rank: ranks that share each batch, and which of them this is.
     """
 
     dataset: Any
@@ -46,6 +48,8 @@ class Recipe:
     batch_size: int | None
     drop_last: bool
     is_stream: bool
+    num_replicas: int = 1
+    rank: int = 0
 
     @property
     def is_stateful(self) -> bool:
@@ -63,10 +67,16 @@ class Recipe:
     def fetch(
         self, seed: int, epoch: int, check: Callable[[Any], None] | None = None
     ) -> Callable[[Any, int, int], Any]:
-        """A function of (rows, epoch, number of the batch); ``check`` sees all that users give."""
+        """A function of (rows, epoch, number of the batch); ``check`` sees all that users give.
+
+        It is given the rows of the whole batch, and reads this rank's share of them.
+        """
+        fetch: Callable[[Any, int, int], Any]
         if self.is_stream:
-            return stream_fetcher(self.batch_size or 1, self.collate_fn, check)
-        return fetcher(seeded(self.dataset, seed, epoch), self.collate_fn, check)
+            fetch = stream_fetcher(self.batch_size or 1, self.collate_fn, check)
+        else:
+            fetch = fetcher(seeded(self.dataset, seed, epoch), self.collate_fn, check)
+        return fetch if self.num_replicas == 1 else Sharded(fetch, self.num_replicas, self.rank)
 
     def stream(self, epoch: int, start: int, dataset_state: Any) -> Iterator[list[Any]]:
         """The rows of a stream in batches, from sample ``start`` on."""

@@ -80,13 +80,19 @@ class Source(ABC):
 
 
 class RowSource(Source):
-    """Arrays, or a dataset of rows, batched here."""
+    """Arrays, or a dataset of rows, batched here.
+
+    Attributes:
+        iterable: the loader that batches them.
+    """
 
     def __init__(
         self, dataset: Any, *, batch_size: int, shuffle: bool, seed: int | None, name: str
     ) -> None:
         self.name = name
-        self._loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        self.iterable = self._loader = DataLoader(
+            dataset, batch_size=batch_size, shuffle=shuffle, seed=seed
+        )
         self.num_rows = len(self._loader.dataset)
         self.batch_size = batch_size
         self.num_batches = len(self._loader)
@@ -95,10 +101,14 @@ class RowSource(Source):
         self._next_start = (0, 0)
 
     def batches(self, epoch: int) -> Iterator[Any]:
+        return self.batches_of(epoch, 1, 0)
+
+    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+        """The share of one of ``size`` ranks of every batch of a pass."""
         self._start, self._next_start = self._next_start, (0, 0)
         state = self._loader.state_dict() | {"epoch": epoch, "samples_consumed": self._start[1]}
         self._loader.load_state_dict(state)
-        return iter(self._loader)
+        return iter(self._loader if size == 1 else self._loader.shard(size, rank))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
         first, samples = self._start
@@ -120,11 +130,15 @@ class RowSource(Source):
 
 
 class BatchSource(Source):
-    """An iterable of batches: a list, a DataLoader (ours counts its epochs itself), and so on."""
+    """An iterable of batches: a list, a DataLoader (ours counts its epochs itself), and so on.
+
+    Attributes:
+        iterable: as given.
+    """
 
     def __init__(self, iterable: Iterable[Any], *, name: str) -> None:
         self.name = name
-        self._iterable = iterable
+        self.iterable = iterable
         self.num_batches = _length(iterable)
         self.num_rows = None
         size = getattr(iterable, "batch_size", None)  # a DataLoader's, ours or torch's
@@ -138,16 +152,21 @@ class BatchSource(Source):
 
     def batches(self, epoch: int) -> Iterator[Any]:
         skipped, self._num_skipped = self._num_skipped, 0
-        if isinstance(self._iterable, list):
-            return islice(self._iterable, skipped, None)
-        return skipping(iter(self._iterable), skipped, self.name)
+        if isinstance(self.iterable, list):
+            return islice(self.iterable, skipped, None)
+        return skipping(iter(self.iterable), skipped, self.name)
+
+    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+        """The share of one of ``size`` ranks of every batch of a pass of a DataLoader."""
+        assert isinstance(self.iterable, DataLoader)
+        return iter(self.iterable.shard(size, rank))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:
         if not self._is_stateful:
             return {}
-        state = self._iterable.state_dict()  # type: ignore[attr-defined]
+        state = self.iterable.state_dict()  # type: ignore[attr-defined]
         if untaken is not None:
-            if not isinstance(self._iterable, DataLoader):
+            if not isinstance(self.iterable, DataLoader):
                 return None  # it has counted a batch that nobody took
             rest = state["samples_consumed"] - num_rows(untaken)
             state = state | {"samples_consumed": rest}
@@ -160,10 +179,10 @@ class BatchSource(Source):
             self._num_skipped = num_batches
             return
         state = position["loader"]
-        if isinstance(self._iterable, DataLoader):
+        if isinstance(self.iterable, DataLoader):
             # Counted in samples, so another batch size can go on from there.
-            state = state | {"batch_size": self._iterable.batch_size}
-        self._iterable.load_state_dict(state)  # type: ignore[attr-defined]
+            state = state | {"batch_size": self.iterable.batch_size}
+        self.iterable.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 class IteratorSource(Source):

@@ -19,24 +19,27 @@ ROOT = Path(mlx_fit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
-    *(
-        "signals",
-        "timing",
-        "probing",
-        "plan",
-        "foresight",
-        "loop",
-        "passes",
-        "saving",
-        "resuming",
-        "arguments",
-    ),
-    *("preparing", "recorder", "fit_state", "fit", "stateful", "trainer", "lightning"),
+    *("signals", "timing", "probing", "plan", "foresight", "loop", "passes", "saving", "resuming"),
+    *("arguments", "preparing", "recorder", "ending", "fit_state", "fit", "stateful", "trainer"),
+    "lightning",
     *("distributed", "cli"),
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
 LAYERS = [
-    {"errors", "batch", "logs", "protocols", "sums", "checks", "_tree", "_version", "_lazy"},
+    {
+        *(
+            "errors",
+            "batch",
+            "logs",
+            "protocols",
+            "sums",
+            "checks",
+            "messages",
+            "_tree",
+            "_version",
+        ),
+        "_lazy",
+    },
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
         *("data.order", "gradients", "weighting", "datasets", "rates", "modes", "trainable"),
@@ -44,7 +47,7 @@ LAYERS = [
     },
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
-        *("evaluation", "summary"),
+        *("evaluation", "summary", "updating"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
     },
     {"callbacks"},

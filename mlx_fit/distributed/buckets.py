@@ -1,0 +1,73 @@
+"""Sums of many arrays over the ranks, joined to few messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_fit.distributed.ring import Ring
+from mlx_fit.distributed.sync import REDUCE_DTYPES, SyncPolicy
+
+Named = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sums gradients over ranks in messages of about ``sync.bucket_mb``, one dtype each.
+
+    Attributes:
+        sync: sizes and dtype of the messages.
+    """
+
+    sync: SyncPolicy
+
+    def sum(
+        self, ring: Ring, gradients: Named, statistics: Named, weight: float
+    ) -> tuple[Named, Named]:
+        """Sums of both over the ranks, in float32; gradients may be sent in half precision.
+
+        In half precision shares of the mean are sent, not sums, which could overflow float16.
+        """
+        if self.sync.reduce_dtype is None or not weight:
+            summed = self.summed(ring, gradients | statistics)  # no name is in both
+            return {k: summed[k] for k in gradients}, {k: summed[k] for k in statistics}
+        half = REDUCE_DTYPES[self.sync.reduce_dtype]
+        scaled = {name: (g / weight).astype(half) for name, g in gradients.items()}
+        means = self.summed(ring, scaled)
+        sums = {name: g.astype(mx.float32) * weight for name, g in means.items()}
+        return sums, self.summed(ring, statistics)
+
+    def summed(self, ring: Ring, arrays: Named) -> Named:
+        """Sums of arrays over the ranks, each in its own dtype."""
+        found: Named = {}
+        for names in self._grouped(arrays):
+            parts = [arrays[name] for name in names]
+            joined = parts[0] if len(parts) == 1 else mx.concatenate([p.reshape(-1) for p in parts])
+            (total,) = ring.sum([joined], "gradients")
+            if len(parts) == 1:
+                found[names[0]] = total
+                continue
+            start = 0
+            for name, part in zip(names, parts, strict=True):
+                found[name] = total[start : start + part.size].reshape(part.shape)
+                start += part.size
+        return {name: found[name] for name in arrays}
+
+    def _grouped(self, arrays: Named) -> Iterator[list[str]]:
+        """Names whose arrays share a message, in order; all ranks find the same groups."""
+        limit = self.sync.bucket_mb * 2**20
+        for dtype in dict.fromkeys(array.dtype for array in arrays.values()):
+            names: list[str] = []
+            num_bytes = 0
+            for name, array in arrays.items():
+                if array.dtype != dtype:
+                    continue
+                if names and num_bytes + array.nbytes > limit:
+                    yield names
+                    names, num_bytes = [], 0
+                names.append(name)
+                num_bytes += array.nbytes
+            if names:
+                yield names

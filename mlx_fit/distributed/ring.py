@@ -1,0 +1,174 @@
+"""The group of ranks: who they are, and the one sequencer that issues all collectives.
+
+Every collective is evaluated before the next one is issued, so that all ranks run them in one
+order: MLX sums whatever arrives, and in another order the sums would be wrong without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_fit.distributed.plane import Plane
+from mlx_fit.errors import (
+    ConfigurationError,
+    DistributedError,
+    NonFiniteLossError,
+    Preempted,
+)
+
+# Set by mlx.launch and mlx-fit launch, by Open MPI and by MPICH's relatives.
+_RANK_NAMES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_SIZE_NAMES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are, as the launcher says; (0, 1) without one.
+
+    Raises:
+        ConfigurationError: the environment makes no sense.
+    """
+    rank, size = _number(_RANK_NAMES), _number(_SIZE_NAMES)
+    if size is None and (path := os.environ.get("MLX_HOSTFILE")):
+        size = _hosts(path)
+    if rank is None:
+        return 0, 1
+    if size is None or not 0 <= rank < size:
+        raise ConfigurationError(
+            f"The environment says rank {rank} of {size}. Start the script with mlx-fit launch, "
+            "mlx.launch or mpirun, or unset MLX_RANK."
+        )
+    return rank, size
+
+
+def _number(names: tuple[str, ...]) -> int | None:
+    found = next((os.environ[name] for name in names if name in os.environ), None)
+    if found is None:
+        return None
+    if not found.isdigit():
+        raise ConfigurationError(f"The environment says {found!r} where a rank or count belongs.")
+    return int(found)
+
+
+def _hosts(path: str) -> int:
+    import json
+
+    try:
+        with open(path) as file:
+            return len(json.load(file))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"MLX_HOSTFILE={path!r} is no readable host file: {error}"
+        ) from error
+
+
+class Ring:
+    """The ranks of a group, over MLX's collectives.
+
+    Args:
+        group: MLX's group.
+        plane: watches over it.
+        uneven: see :class:`~mlx_fit.protocols.Communicator`.
+
+    Attributes:
+        rank, size: of the group.
+        num_collectives: issued so far.
+        num_bytes: sent into them by this rank so far.
+    """
+
+    def __init__(self, group: mx.distributed.Group, plane: Plane, uneven: str) -> None:
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+        self.uneven = uneven
+        self.num_collectives = 0
+        self.num_bytes = 0
+        self._group = group
+        self._plane = plane
+        self._step = 0
+        self._failure: BaseException | None = None
+        self._known: BaseException | None = None
+
+    def at_step(self, step: int) -> None:
+        """Which step the collectives that follow belong to, for messages."""
+        self._step = step
+
+    def sum(self, arrays: list[mx.array], phase: str = "sum") -> list[mx.array]:
+        """Elementwise sums over the ranks, evaluated, in the order of ``arrays``."""
+        return [self._run(mx.distributed.all_sum, array, phase) for array in arrays]
+
+    def gather_arrays(self, array: mx.array, phase: str = "gather") -> mx.array:
+        """The arrays of all ranks, equal in shape, joined along their first axis."""
+        return self._run(mx.distributed.all_gather, array, phase)
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, by rank."""
+        lengths = self.gather_arrays(mx.array([len(message)], mx.int32), "message")
+        sizes: list[int] = lengths.tolist()  # type: ignore[assignment]
+        longest = max(sizes)
+        padded = np.zeros(longest, np.uint8)
+        padded[: len(message)] = np.frombuffer(message, np.uint8)
+        found = np.array(self.gather_arrays(mx.array(padded), "message"))
+        rows = found.reshape(self.size, longest)
+        return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    def _run(self, collective: Callable[..., mx.array], array: mx.array, phase: str) -> mx.array:
+        if self._failure is not None:
+            raise DistributedError(
+                f"No collective runs after one has failed: {self._failure}"
+            ) from self._failure
+        mx.eval(array)  # what can fail on this rank alone fails here, where nobody waits yet
+        self.num_collectives += 1
+        self.num_bytes += array.nbytes
+        try:
+            with self._plane.watching(self._step, phase):
+                # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
+                result = collective(array, group=self._group, stream=mx.cpu)
+                mx.eval(result)  # host synchronisation with all ranks
+        except BaseException as error:
+            self._failure = error
+            if isinstance(error, RuntimeError) and not isinstance(error, DistributedError):
+                raise DistributedError(
+                    f"A collective failed ({phase}, step {self._step}): {error}"
+                ) from error
+            raise
+        return result
+
+    def knows(self, error: BaseException) -> None:
+        """All ranks raise this error, so nobody needs to be told of it."""
+        self._known = error
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks why this one leaves, unless all of them have come to the same."""
+        is_common = isinstance(error, (NonFiniteLossError, Preempted))
+        if not is_common and error is not self._failure and error is not self._known:
+            self._plane.report(error, self._step)
+
+
+def check_backend(size: int) -> None:
+    """Raise unless MLX has a backend for several ranks on this machine."""
+    if size > 1 and not mx.distributed.is_available():
+        raise ConfigurationError(
+            "This build of MLX has no distributed backend; run one process, or install an mlx "
+            "wheel with the ring backend."
+        )
+
+
+def connect(size: int, plane: Plane, plan: dict[str, Any], uneven: str) -> Ring:
+    """Meet the other ranks, and set MLX's group up.
+
+    Raises:
+        RendezvousError, PlanMismatchError: see :class:`Plane`.
+        ConfigurationError: MLX has found another group than the environment describes.
+    """
+    check_backend(size)
+    plane.join(plan)  # first: MLX's own init would hold the interpreter while it waits
+    group = mx.distributed.init(strict=True)
+    if group.size() != size:
+        raise ConfigurationError(
+            f"MLX's group has {group.size()} ranks, the environment says {size}."
+        )
+    return Ring(group, plane, uneven)

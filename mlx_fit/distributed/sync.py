@@ -1,0 +1,51 @@
+"""How ranks exchange gradients, and how long they wait for each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_fit.checks import natural, number
+from mlx_fit.errors import ConfigurationError
+
+REDUCE_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+@dataclass(frozen=True)
+class SyncPolicy:
+    """How ranks exchange gradients, and how long they wait for each other.
+
+    Args:
+        reduce_dtype: None sums gradients in float32. ``"bfloat16"`` or ``"float16"`` sends half
+            the bytes; weights of batches, losses and metrics are summed in float32 all the same.
+        bucket_mb: gradients are joined to messages of about so many MiB. 0 sends each by itself.
+        timeout: seconds that a rank waits for the others before the run ends in an error.
+        init_timeout: seconds that it waits for them to start.
+        check_every: compare the weights of all ranks every so many updates; 0: never.
+
+    Raises:
+        ConfigurationError: a value is none of these.
+
+    Example:
+        >>> SyncPolicy(reduce_dtype="bfloat16").bucket_mb
+        32
+    """
+
+    reduce_dtype: str | None = None
+    bucket_mb: float = 32
+    timeout: float = 60
+    init_timeout: float = 60
+    check_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reduce_dtype is not None and self.reduce_dtype not in REDUCE_DTYPES:
+            raise ConfigurationError(
+                f"SyncPolicy(reduce_dtype={self.reduce_dtype!r}); expected None, "
+                f"{' or '.join(map(repr, REDUCE_DTYPES))}."
+            )
+        number("SyncPolicy: bucket_mb", self.bucket_mb, 0.0)
+        for name in ("timeout", "init_timeout"):
+            if number(f"SyncPolicy: {name}", getattr(self, name), 0.0) == 0.0:
+                raise ConfigurationError(f"SyncPolicy({name}=0); expected seconds above 0.")
+        natural("SyncPolicy: check_every", self.check_every)

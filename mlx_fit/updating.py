@@ -1,0 +1,145 @@
+"""The update at the end of a window: clip, apply, and what is logged of it. Traced, never run.
+
+May import: ``objective``, ``options``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_fit import gradients as grad
+from mlx_fit._tree import select, snapshot
+from mlx_fit.logs import Sums, divide, nonzero_total, total, unlogged
+from mlx_fit.objective import Terms
+from mlx_fit.options import StepOptions
+from mlx_fit.precision import next_scale
+
+SCALE_ENDED = "loss_scale_ended"  # not finite where the loss scale fell below 1
+Entries = dict[str, dict[str, mx.array]]
+
+
+class Update:
+    """Applies averaged gradients to a model, inside the compiled step.
+
+    Args:
+        model, optimizer: what is updated, and by what.
+        options: how.
+        scaling: the state of the loss scale, empty without.
+        sums: where packed vectors get their places.
+
+    Attributes:
+        logs_layer_norms: whether the norms of each layer's gradient are logged.
+        masks_weight: set by a trace: whether a window counts, the device must say.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        options: StepOptions,
+        scaling: dict[str, mx.array],
+        sums: Sums,
+    ) -> None:
+        self.logs_layer_norms = False
+        self.masks_weight = False
+        self._model = model
+        self._optimizer = optimizer
+        self._options = options
+        self._scaling = scaling
+        self._sums = sums
+
+    def from_window(self, window: list[Any]) -> mx.array:
+        """The update of an accumulated window: one division by its whole weight."""
+        gradients, weight, num_bad = window
+        conditions, overflowed = [], None
+        if self.masks_weight or self._options.masks_bad_batches:
+            conditions.append(weight > 0)
+            weight = mx.where(weight > 0, weight, 1.0)
+        if self._scaling:
+            overflowed = num_bad > 0
+            conditions.append(mx.logical_not(overflowed))
+        gradients = tree_map(lambda g: g / weight, gradients)
+        entries = self.apply(gradients, conditions, overflowed)
+        return self._sums.place(entries) if entries else mx.zeros_like(self._sums.lanes)
+
+    def apply(
+        self, gradients: Any, conditions: list[mx.array], overflowed: mx.array | None
+    ) -> Entries:
+        """Clip and apply averaged gradients where all conditions hold; what to log about it."""
+        options, model, optimizer = self._options, self._model, self._optimizer
+        entries = self.nothing()
+        norm: mx.array | None = None
+        layer_norms = grad.layer_norms(model, gradients) if self.logs_layer_norms else None
+        if layer_norms is not None:
+            norm = mx.sqrt(layer_norms.square().sum())
+        if options.clip_norm is not None:
+            norm = grad.global_norm(gradients)
+            gradients = grad.clip_by_norm(gradients, norm, options.clip_norm)
+        if options.clip_value is not None:
+            gradients = grad.clip_by_value(gradients, options.clip_value)
+        parameters = model.trainable_parameters()
+        gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
+        applies: mx.array | None = None
+        if conditions:
+            applies = mx.stack(conditions).all()
+            before = snapshot(parameters), snapshot(optimizer.state)
+        optimizer.update(model, gradients)
+        if applies is not None:
+            parameters = model.trainable_parameters()
+            select(applies, parameters, before[0])
+            model.update(parameters)
+            select(applies, optimizer.state, before[1])
+            entries["skipped_updates"] = {"sum": mx.where(applies, 0.0, 1.0)}
+        if norm is not None:
+            done = mx.array(1.0) if applies is None else applies.astype(mx.float32)
+            entries["grad_norm"] = {"sum": mx.where(done > 0, norm, 0.0), "weight": done}
+            if layer_norms is not None:
+                sums = mx.where(done > 0, layer_norms, 0.0)
+                entries["layer_grad_norms"] = {"sum": sums, "weight": done}
+        if self._scaling and overflowed is not None:
+            self._scaling.update(next_scale(self._scaling, overflowed))
+            # An overflow is no error, until the scale has nowhere left to go.
+            has_ended = overflowed & (self._scaling["scale"] < 1)
+            entries[SCALE_ENDED] = {"sum": mx.where(has_ended, math.nan, 0.0)}
+        return entries
+
+    def nothing(self) -> Entries:
+        """Entries of the packed vector that only an update fills."""
+        zero = mx.array(0.0)
+        entries: Entries = {}
+        if self._options.clip_norm is not None or self.logs_layer_norms:
+            entries["grad_norm"] = {"sum": zero, "weight": zero}
+        if self.logs_layer_norms:
+            zeros = mx.zeros((len(grad.layer_names(self._model)),))
+            entries["layer_grad_norms"] = {"sum": zeros, "weight": zero}
+        if self._options.masks_bad_batches or self.masks_weight:
+            entries["skipped_updates"] = {"sum": zero}
+        if self._scaling:
+            entries[SCALE_ENDED] = {"sum": zero}
+        return entries
+
+    def pack(self, terms: Terms, entries: Entries) -> mx.array:
+        """The packed sums of a batch, and of its update."""
+        computes = dict(terms.computes)
+        if "grad_norm" in entries:
+            computes["grad_norm"] = divide
+        if "layer_grad_norms" in entries:
+            computes["layer_grad_norms"] = grad.named_norms(self._model)
+        if "skipped_updates" in entries:
+            masks = self._options.masks_bad_batches
+            computes["skipped_updates"] = total if masks else nonzero_total
+        if SCALE_ENDED in entries:
+            computes[SCALE_ENDED] = unlogged
+        states = terms.states
+        if self._options.masks_bad_batches:
+            # Gradients alone may overflow: then the loss still counts.
+            is_finite = mx.isfinite(terms.mean)
+            keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
+            states, terms.rows = keep(states), keep(terms.rows)
+        return self._sums.pack(states | entries, computes)

@@ -1,0 +1,485 @@
+"""What ranks do in the tests, by name. Run as a script in each of them; results go out as JSON.
+
+The same functions run in one process as well, for the numbers to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+import mlx_fit
+from mlx_fit import (
+    Callback,
+    CheckpointPolicy,
+    CSVLogger,
+    DataLoader,
+    DistributedTrainer,
+    EarlyStopping,
+    JSONLogger,
+    ModelCheckpoint,
+    SyncPolicy,
+    TensorBoard,
+)
+from mlx_fit.errors import NonFiniteLossError
+
+RANK = int(os.environ.get("MLX_RANK", "0"))
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def rows(count=101, seed=0, outputs=4):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, 8)).astype(np.float32)
+    return x, rng.integers(0, outputs, count)
+
+
+def mlp(seed=0, *layers):
+    mx.random.seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), *layers, nn.Linear(16, 4))
+
+
+def weights(model):
+    return {name: np.array(value).tolist() for name, value in tree_flatten(model.parameters())}
+
+
+def trainer_of(model=None, optimizer=None, loss="cross_entropy", metrics=("accuracy",), **options):
+    options = {"batch_size": 12, "seed": 1} | options
+    model = mlp() if model is None else model
+    optimizer = optim.SGD(0.1) if optimizer is None else optimizer
+    return DistributedTrainer(model, optimizer, loss, list(metrics), **options)
+
+
+def fitted(trainer, data=None, epochs=2, **options):
+    history = trainer.fit(rows() if data is None else data, epochs=epochs, verbose=0, **options)
+    return {
+        "history": history.history,
+        "weights": weights(trainer.model),
+        "step": trainer.step,
+        "updates": int(trainer.optimizer.step.item()),
+        "stopped_by": history.stopped_by,
+        "steps": history.steps,
+    }
+
+
+# --- equal to one process -------------------------------------------------------------------------
+
+
+@case
+def sgd(folder):
+    return fitted(trainer_of(optimizer=optim.SGD(0.1, momentum=0.9)), epochs=3, log_every=1)
+
+
+@case
+def adamw_with_validation(folder):
+    trainer = trainer_of(optimizer=optim.AdamW(1e-3), clip_norm=0.5)
+    return fitted(trainer, val=rows(33, seed=5), epochs=3)
+
+
+@case
+def accumulated(folder):
+    return fitted(trainer_of(gradient_accumulation=4, batch_size=8), log_every=1)
+
+
+@case
+def weighted(folder):
+    x, y = rows()
+    weights = np.linspace(0, 3, len(y)).astype(np.float32)
+    return fitted(trainer_of(), (x, y, weights))
+
+
+@case
+def ignored_labels(folder):
+    x, y = rows(60)
+    y = np.where(np.arange(60) % 12 < 7, -100, y)  # one rank's share counts much less
+    y[12:24] = -100  # and a whole batch nothing
+    return fitted(trainer_of(seed=1), (x, y), shuffle=False)
+
+
+@case
+def class_weights(folder):
+    return fitted(trainer_of(), class_weight={0: 3.0, 1: 0.5})
+
+
+@case
+def function_objective(folder):
+    def objective(model, batch):
+        x, y = batch
+        losses = nn.losses.cross_entropy(model(x), y)
+        kept = (y != 3).astype(mx.float32)
+        return mlx_fit.Sums((losses * kept).sum(), kept.sum(), {"kept": (kept.sum(), kept.sum())})
+
+    trainer = DistributedTrainer(
+        mlp(), optim.SGD(0.1), objective=objective, batch_size=12, seed=1, clip_norm=1.0
+    )
+    x, y = rows(36)
+    y[12:24] = 3  # a batch of no weight, which only the device knows
+    return fitted(trainer, (x, y), shuffle=False)
+
+
+@case
+def fewer_rows_than_ranks(folder):
+    x, y = rows(9)
+    trainer = trainer_of(batch_size=2, clip_norm=1.0, metrics=("accuracy", "auroc"))
+    return fitted(trainer, (x, y), val=(x[:3], y[:3]), shuffle=False)
+
+
+@case
+def frozen_half(folder):
+    model = mlp()
+    model.layers[0].freeze()
+    return fitted(trainer_of(model))
+
+
+@case
+def mixed_precision(folder):
+    return fitted(trainer_of(precision="mixed_float16"))
+
+
+@case
+def loader(folder):
+    data = DataLoader(rows(), batch_size=12, shuffle=True)  # each rank draws another seed
+    trainer = trainer_of()
+    found = fitted(trainer, data)
+    return found | {"state": {k: v for k, v in data.state_dict().items() if k != "seed"}}
+
+
+@case
+def epochs_of_steps(folder):
+    return fitted(trainer_of(), steps_per_epoch=5, epochs=4)
+
+
+# --- what one process has no counterpart of -------------------------------------------------------
+
+
+def own_batches(counts):
+    """Batches of 4 rows of each rank's own: so many for rank 0, so many for rank 1."""
+    x, y = rows(4 * sum(counts))
+    start = 4 * sum(counts[:RANK])
+    return [(x[i : i + 4], y[i : i + 4]) for i in range(start, start + 4 * counts[RANK], 4)]
+
+
+@case
+def uneven_joined(folder):
+    return fitted(trainer_of(), lambda: iter(own_batches((10, 7))), epochs=2)
+
+
+@case
+def uneven_stopped(folder):
+    return fitted(trainer_of(uneven="stop"), own_batches((10, 7)), epochs=2)
+
+
+@case
+def accumulated_uneven(folder):
+    return fitted(trainer_of(gradient_accumulation=3), own_batches((5, 3)), epochs=2)
+
+
+@case
+def other_weights(folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_of(mlp(seed=RANK))
+    return {"weights": weights(trainer.model), "warnings": [str(w.message) for w in caught]}
+
+
+class Masks(nn.Module):
+    """Remembers which inputs its dropout has kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self._seen = mx.zeros((6, 8))
+
+    def __call__(self, x):
+        x = self.dropout(x)
+        self._seen = x
+        return x
+
+
+def masks(log_every):
+    model = nn.Sequential(Masks(), nn.Linear(8, 4))
+    mx.random.seed(0)
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, batch, logs):
+            seen.append((np.array(model.layers[0]._seen) != 0).astype(int).tolist())
+
+    x, y = np.ones((48, 8), np.float32), np.zeros(48, np.int64)
+    trainer = trainer_of(model)
+    trainer.fit((x, y), callbacks=Look(), verbose=0, log_every=log_every)
+    return seen, mx.random.state[0].tolist()
+
+
+@case
+def dropout(folder):
+    return [masks(1), masks(1), masks(100)]
+
+
+@case
+def batch_norm(folder):
+    model = nn.Sequential(nn.BatchNorm(8), nn.Linear(8, 4))
+    x, y = rows(9)  # shares of 5 and 4 rows
+    trainer_of(model, optim.SGD(0.0), batch_size=9).fit((x, y), shuffle=False, verbose=0)
+    return weights(model)
+
+
+@case
+def early_stopping(folder):
+    trainer = trainer_of(optimizer=optim.SGD(0.0))
+    return fitted(trainer, val=rows(33), epochs=9, callbacks=EarlyStopping(patience=2))
+
+
+class Ask(Callback):
+    """Asks for the end on one rank, after one batch."""
+
+    def __init__(self, rank, batch):
+        self.at = rank, batch
+
+    def on_train_batch_end(self, batch, logs):
+        if (RANK, batch) == self.at:
+            self.trainer.request_stop("enough")
+
+
+@case
+def stop_on_one_rank(folder):
+    return fitted(trainer_of(), callbacks=Ask(1, 3))
+
+
+@case
+def stop_between_epochs(folder):
+    class AskLater(Callback):
+        def on_epoch_end(self, epoch, logs):
+            if RANK == 1 and epoch == 1:
+                self.trainer.stop_training = True
+
+    return fitted(trainer_of(), epochs=5, callbacks=AskLater())
+
+
+def with_nan_on_rank_1(count=48):
+    x, y = rows(count)
+    x[12 * 2 + 7] = np.nan  # in the third batch, where rank 1 has its share
+    return x, y
+
+
+@case
+def nan_raises(folder):
+    trainer = trainer_of()
+    try:
+        trainer.fit(with_nan_on_rank_1(), shuffle=False, verbose=0, log_every=1)
+    except NonFiniteLossError as error:
+        return {"step": error.step, "done": trainer.step}
+
+
+@case
+def nan_skipped(folder):
+    return fitted(trainer_of(nonfinite="skip"), with_nan_on_rank_1(), shuffle=False)
+
+
+@case
+def one_sum_an_update(folder):
+    counts = []
+    for accumulation in (1, 4):
+        trainer = trainer_of(gradient_accumulation=accumulation)
+        before = trainer.communicator.num_collectives
+        trainer.fit(rows(96), epochs=1, verbose=0)  # 8 batches
+        counts.append(trainer.communicator.num_collectives - before)
+    return counts
+
+
+@case
+def half_precision_sums(folder):
+    found = {}
+    for dtype in (None, "bfloat16", "float16"):
+        trainer = trainer_of(sync=SyncPolicy(reduce_dtype=dtype))
+        before = trainer.communicator.num_bytes
+        trainer.train_on_batch(*(part[RANK * 6 : RANK * 6 + 6] for part in rows(12)))
+        sent = trainer.communicator.num_bytes - before
+        found[str(dtype)] = {"weights": weights(trainer.model), "bytes": sent}
+    return found
+
+
+@case
+def buckets(folder):
+    found = {}
+    for size in (0, 1 / 1024, 1, 32):
+        trainer = trainer_of(sync=SyncPolicy(bucket_mb=size))
+        found[str(size)] = fitted(trainer, epochs=1)["weights"]
+    return found
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def error_of(function):
+    try:
+        function()
+    except Exception as error:
+        return {"type": type(error).__name__, "text": str(error)}
+
+
+@case
+def files(folder):
+    """Everything that writes; rank 1 must open nothing for writing."""
+    opened = []
+
+    def watch(event, arguments):
+        if event == "open" and isinstance(arguments[0], str) and str(folder) in arguments[0]:
+            if isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+                opened.append(arguments[0])
+        elif event in ("os.mkdir", "os.rename") and str(folder) in str(arguments[0]):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    callbacks = [
+        CSVLogger(folder / "log.csv"),
+        JSONLogger(folder / "log.jsonl"),
+        TensorBoard(folder / "board"),
+        ModelCheckpoint(folder / "best.safetensors", save_best_only=True),
+        ModelCheckpoint(folder / "all", monitor="loss"),
+    ]
+    trainer = trainer_of(optimizer=optim.Adam(1e-2), metrics=("accuracy", "auroc"))
+    policy = CheckpointPolicy("3 steps", keep_last=None)
+    options = {"checkpoint_dir": folder / "checkpoints", "checkpoint_every": policy}
+    fitted(trainer, val=rows(33), callbacks=callbacks, **options)
+    trainer.save(folder / "saved")
+    other = trainer_of(mlp(seed=3), optim.Adam(1e-2))
+    other.load(folder / "saved")  # complete as soon as save has returned on any rank
+    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    same = weights(other.model) == weights(trainer.model)
+    return {"opened": opened, "same": same, "names": names}
+
+
+@case
+def full_disk(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "file").touch()
+    trainer = trainer_of()
+    inside = folder / "file" / "inside"
+    return [
+        error_of(lambda: trainer.save(inside)),
+        error_of(lambda: trainer.save_weights(folder / "file" / "w.safetensors")),
+        error_of(lambda: fitted(trainer, callbacks=ModelCheckpoint(inside))),
+        error_of(lambda: fitted(trainer_of(), checkpoint_dir=inside)),
+        error_of(lambda: trainer.load(folder / "nothing")),
+        fitted(trainer, epochs=1)["history"]["loss"],  # and all of them can go on
+    ]
+
+
+@case
+def elastic(folder):
+    """Five more steps than there are checkpoints for, whoever wrote these."""
+    done = max([int(p.name[5:]) for p in (folder / "run").glob("step-*")], default=0)
+    seen = []
+
+    def objective(model, batch):
+        x, y = batch
+        return nn.losses.cross_entropy(model(x[:, :8]), y, reduction="mean")
+
+    x, y = rows(70)
+    x = np.concatenate([x, np.arange(70, dtype=np.float32)[:, None]], axis=1)
+
+    def collate(samples):
+        seen.append(sorted(int(sample[0][8]) for sample in samples))
+        return np.stack([s[0] for s in samples]), np.array([s[1] for s in samples])
+
+    data = [(x[i], y[i]) for i in range(70)]
+    loader = DataLoader(DataSet(data), batch_size=30, shuffle=True, seed=4, collate_fn=collate)
+    model = nn.Sequential(nn.Dropout(0.0), mlp())
+    schedule = optim.cosine_decay(1e-2, 15)
+    trainer = DistributedTrainer(model, optim.AdamW(schedule), objective=objective, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other ranks' number of rows, and so on
+        trainer.fit(
+            loader,
+            epochs=10,
+            max_steps=done + 5,
+            verbose=0,
+            checkpoint_dir=folder / "run",
+            resume="auto",
+        )
+    return {
+        "seen": seen,
+        "weights": weights(model),
+        "updates": int(trainer.optimizer.step.item()),
+        "rate": float(trainer.optimizer.learning_rate.item()),
+        "loss": trainer.history.history,
+    }
+
+
+class DataSet:
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index]
+
+
+# --- evaluation and prediction --------------------------------------------------------------------
+
+
+@case
+def evaluation(folder):
+    trainer = trainer_of(metrics=("accuracy", "confusion_matrix", "auroc"))
+    found = trainer.evaluate(rows(), batch_size=8, verbose=0)
+    return {key: np.asarray(value).tolist() for key, value in found.items()}
+
+
+@case
+def prediction(folder):
+    trainer = trainer_of()
+    x, _ = rows()
+    batches = [len(batch) for batch in trainer.predict_batches(x, batch_size=10, verbose=0)]
+    return {"outputs": trainer.predict(x, batch_size=8, verbose=0).tolist(), "batches": batches}
+
+
+@case
+def own_lists(folder):
+    x, y = rows(20)
+    own = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 20, 2)][RANK::2]
+    trainer = trainer_of()
+    found = trainer.evaluate(own, verbose=0)
+    return found | {"outputs": trainer.predict(own, verbose=0).tolist()}
+
+
+# --- runs that end --------------------------------------------------------------------------------
+
+
+class SendSignal(Callback):
+    def on_train_batch_end(self, batch, logs):
+        if RANK == 1 and batch == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@case
+def terminated(folder):
+    """SIGTERM to rank 1 after its seventh step."""
+    options = {"checkpoint_dir": folder / "run", "checkpoint_every": "100 steps"}
+    fitted(trainer_of(), callbacks=SendSignal(), **options)
+
+
+ENDING = ("terminated",)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    results = {}
+    for name in sys.argv[2:]:
+        results[name] = CASES[name](folder / name)
+    json.dump(results, sys.stdout)

@@ -1,0 +1,82 @@
+"""Starts real processes, one for each rank, over MLX's ring on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx_fit
+
+HERE = Path(__file__).parent
+ROOT = Path(mlx_fit.__file__).parent.parent
+LIMIT_SECONDS = 60  # of a set of processes, which share two busy cores with other tests
+
+
+def free_ports(count):
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def start(size, arguments, folder):
+    """The processes of a group, by rank; standard error goes to ``rank<r>.err``."""
+    hosts = folder / f"hosts{size}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    processes = []
+    for rank in range(size):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)]),
+            "MLX_RANK": str(rank),
+            "MLX_HOSTFILE": str(hosts),
+        }
+        with (folder / f"rank{rank}.err").open("w") as errors:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, arguments)],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            )
+    return processes
+
+
+def end(processes, seconds=LIMIT_SECONDS):
+    """Exit codes and outputs by rank; whatever still runs after ``seconds`` is killed."""
+    deadline = time.monotonic() + seconds
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0])
+    except subprocess.TimeoutExpired:
+        outputs += [""] * (len(processes) - len(outputs))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return [process.returncode for process in processes], outputs
+
+
+def run_cases(size, names, folder):
+    """What functions of ``rank_cases.py`` return, on each rank: name -> list by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = start(size, [HERE / "rank_cases.py", folder, *names], folder)
+    codes, outputs = end(processes)
+    errors = "".join((folder / f"rank{rank}.err").read_text()[-3000:] for rank in range(size))
+    assert codes == [0] * size, f"exit codes {codes}\n{errors}"
+    found = [json.loads(output) for output in outputs]
+    return {name: [each[name] for each in found] for name in names}
