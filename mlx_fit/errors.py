@@ -347,7 +347,8 @@ _OUT_OF_MEMORY: tuple[tuple[re.Pattern[str], str, str], ...] = (
         "execution",
         _FEWER_BYTES,
     ),
-    (re.compile(r"cudaMalloc\w*\(.*\) failed: out of memory"), "allocation", _FEWER_BYTES),
+    (re.compile(r"cudaMalloc\w*(?:\(.*\))? failed: out of memory"), "allocation", _FEWER_BYTES),
+    (re.compile(r"cuda\w+(?:\(.*\))? failed: out of memory"), "execution", _FEWER_BYTES),
     (
         re.compile(r"\[metal::malloc\] Resource limit \((?P<buffers>\d+)\) exceeded"),
         "buffers",

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fit._tree import leaves, named_arrays
-from mlx_fit.batch import num_rows, unpack
+from mlx_fit.batch import num_rows
 from mlx_fit.errors import ConfigurationError, DataError, OutOfMemoryError, from_runtime_error
 from mlx_fit.finetune.blocks import find_blocks
 from mlx_fit.finetune.contexts import checkpoint_layers
@@ -135,9 +135,8 @@ class Foresight:
 
     def _rough_bound(self, batch: Any, rows: int) -> int:
         """More bytes than a usual model takes for the batch, from shapes alone."""
-        x = unpack(batch).x
         outputs = sum(max(a.shape) for _, a in named_arrays(self._model.parameters()) if a.ndim > 1)
-        positions = max([_positions(leaf) for _, leaf in leaves(x)], default=rows)
+        positions = max([_positions(leaf) for _, leaf in leaves(batch)], default=rows)
         scores = 1 + positions / rows / HEAD_SIZE  # attention compares each position with each
         state = sum(a.nbytes for _, a in named_arrays(self._model.state) if isinstance(a, mx.array))
         activations = positions * outputs * CAUTION * 4 * scores

@@ -139,14 +139,14 @@ def test_shapes_that_vary_do_not_fill_the_cache(cache):
     memory, most = watch.MemoryWatch(), 0
     mx.reset_peak_memory()
     with memory.watching():
-        for number in range(200):
-            mx.eval(mx.zeros((1 << 20, 1 + number % 16)) + number)
+        for number in range(48):
+            mx.eval(mx.zeros((1 << 19, 1 + number % 16)) + number)
             memory.look()
             most = max(most, mx.get_cache_memory())
-    assert most <= 1.3 * watch.peak_bytes()
+    assert most <= max(watch.LEAST_CACHE, 1.3 * watch.peak_bytes())
     mx.clear_cache()
-    for number in range(64):  # the control: without a bound it grows
-        mx.eval(mx.zeros((1 << 20, 1 + number % 16)) + number)
+    for number in range(48):  # the control: without a bound it grows
+        mx.eval(mx.zeros((1 << 19, 1 + number % 16)) + number)
     assert mx.get_cache_memory() > 2 * most
 
 
