@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check format bench soak clean
+.PHONY: help setup demo test check format bench soak soak-memory clean
 
 help:
 	@echo "make demo    train on handwritten digits (sets up .venv first)"
@@ -13,6 +13,7 @@ help:
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make bench   print the benchmarks"
 	@echo "make soak    kill and resume a run hundreds of times"
+	@echo "make soak-memory  look at memory over many steps of varying shapes"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(STAMP)
@@ -57,10 +58,15 @@ bench: setup
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/chunked_loss.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/memory.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 250 --kills 300
 	$(BIN)/python tests/soak.py --fresh --kills 30
+
+soak-memory: setup
+	$(BIN)/python tests/soak_memory.py
+	$(BIN)/python tests/soak_memory.py --eager
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from mlx_fit.losses import Loss
     from mlx_fit.metrics import Metric
     from mlx_fit.objective import Objective, Sums, Supervised
+    from mlx_fit.plan import MemoryPlan
     from mlx_fit.runtime.device import DeviceConfig
     from mlx_fit.trainer import Trainer
 
@@ -120,6 +121,7 @@ __all__ = [
     "LearningRateFinder",
     "LearningRateScheduler",
     "Loss",
+    "MemoryPlan",
     "Metric",
     "MlxFitError",
     "ModelCheckpoint",
@@ -221,6 +223,7 @@ __getattr__, __dir__ = lazy(
             "Sums",
             "Supervised",
         ),
+        "plan": ("MemoryPlan",),
         "runtime.device": ("DeviceConfig",),
         "trainer": ("Trainer",),
     },

@@ -60,7 +60,7 @@ def assign(tree: Any, named: Iterable[tuple[str, Any]]) -> None:
         KeyError: ``tree`` has no such leaf.
     """
     for name, value in named:
-        _set(*place(tree, name), value)
+        set_leaf(*place(tree, name), value)
 
 
 def place(tree: Any, name: str) -> tuple[Any, Any]:
@@ -97,7 +97,7 @@ def restore(tree: Any, saved: Any) -> None:
         if isinstance(present, (dict, list, tuple)) and isinstance(value, (dict, list)):
             restore(present, value)
         elif not isinstance(tree, tuple):
-            _set(tree, key, value)
+            set_leaf(tree, key, value)
 
 
 def select(condition: mx.array, tree: Any, saved: Any) -> None:
@@ -110,10 +110,10 @@ def select(condition: mx.array, tree: Any, saved: Any) -> None:
         if isinstance(value, (dict, list, tuple)):
             select(condition, value, before)
         elif isinstance(value, mx.array) and value is not before:
-            _set(tree, key, mx.where(condition, value, before))
+            set_leaf(tree, key, mx.where(condition, value, before))
 
 
-def _set(container: Any, key: Any, value: Any) -> None:
+def set_leaf(container: Any, key: Any, value: Any) -> None:
     """Set a leaf, past ``Module.__setattr__``: a Module is a dict that already has the key."""
     if isinstance(container, dict):
         dict.__setitem__(container, key, value)

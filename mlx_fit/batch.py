@@ -160,6 +160,35 @@ def num_rows(batch: Any) -> int:
     )
 
 
+def first_rows(batch: Any, count: int) -> Any:
+    """The first ``count`` rows of a batch: of the leading axis of each of its arrays."""
+    return rows_between(batch, 0, count)
+
+
+def rows_between(batch: Any, start: int, stop: int) -> Any:
+    """Rows of a batch, its structure kept. Arrays of NumPy and MLX, and tensors, are not copied.
+
+    Raises:
+        DataError: it holds an array without rows.
+    """
+    if isinstance(batch, dict):
+        return {key: rows_between(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        parts = [rows_between(part, start, stop) for part in batch]
+        if hasattr(batch, "_fields"):  # a NamedTuple keeps its type
+            return type(batch)(*parts)
+        return tuple(parts) if isinstance(batch, tuple) else parts
+    if batch is None:
+        return None
+    leaf = batch if hasattr(batch, "shape") else np.asarray(batch)
+    if not leaf.shape:
+        raise DataError(
+            "A batch holds an array without an axis of rows, so it cannot be cut into parts. Give "
+            "each array the rows as its first axis."
+        )
+    return leaf[start:stop]
+
+
 def is_empty(batch: Any) -> bool:
     """Whether an array of the batch has no rows."""
     return any(getattr(leaf, "shape", ())[:1] == (0,) for _, leaf in leaves(batch))

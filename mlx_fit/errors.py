@@ -142,6 +142,9 @@ class OutOfMemoryError(MlxFitError, MemoryError):
         needed_bytes, limit_bytes: what the allocation wanted and what the device allows.
         batch_size: rows of the batch that did not fit.
         suggestion: what to change.
+        kind: ``"foreseen"`` before anything was computed, ``"allocation"`` that failed,
+            ``"execution"`` that failed on the device for want of memory, or ``"buffers"``: their
+            number is limited, whatever their size.
     """
 
     def __init__(
@@ -152,7 +155,9 @@ class OutOfMemoryError(MlxFitError, MemoryError):
         limit_bytes: int | None = None,
         batch_size: int | None = None,
         suggestion: str | None = None,
+        kind: str = "allocation",
     ) -> None:
+        self.kind = kind
         self.needed_bytes = needed_bytes
         self.limit_bytes = limit_bytes
         self.batch_size = batch_size
@@ -360,24 +365,35 @@ _FEWER_BUFFERS = (
     "This limit counts live buffers, not bytes: use fewer batch shapes (each compiled shape keeps "
     "its own), and do not hold on to old arrays."
 )
-_OUT_OF_MEMORY: tuple[tuple[re.Pattern[str], str], ...] = (
+_OUT_OF_MEMORY: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(
             r"\[metal::malloc\] Attempting to allocate (?P<needed>\d+) bytes which is greater than"
             r" the maximum allowed buffer size of (?P<limit>\d+) bytes"
         ),
+        "allocation",
         _FEWER_BYTES,
     ),
-    (re.compile(r"\[malloc(?:_or_wait)?\] Unable to allocate (?P<needed>\d+) bytes"), _FEWER_BYTES),
+    (
+        re.compile(r"\[malloc(?:_or_wait)?\] Unable to allocate (?P<needed>\d+) bytes"),
+        "allocation",
+        _FEWER_BYTES,
+    ),
     (
         re.compile(
             r"\[METAL\] Command buffer execution failed: Insufficient Memory"
             r" \([0-9a-f]+:kIOGPUCommandBufferCallbackErrorOutOfMemory\)"
         ),
+        "execution",
         _FEWER_BYTES,
     ),
-    (re.compile(r"cudaMalloc\w*\(.*\) failed: out of memory"), _FEWER_BYTES),
-    (re.compile(r"\[metal::malloc\] Resource limit \((?P<buffers>\d+)\) exceeded"), _FEWER_BUFFERS),
+    (re.compile(r"cudaMalloc\w*(?:\(.*\))? failed: out of memory"), "allocation", _FEWER_BYTES),
+    (re.compile(r"cuda\w+(?:\(.*\))? failed: out of memory"), "execution", _FEWER_BYTES),
+    (
+        re.compile(r"\[metal::malloc\] Resource limit \((?P<buffers>\d+)\) exceeded"),
+        "buffers",
+        _FEWER_BUFFERS,
+    ),
 )
 _DEVICE_FAULT = re.compile(
     r"\[METAL\] Command buffer execution failed: "
@@ -388,7 +404,7 @@ _DEVICE_FAULT = re.compile(
 
 
 def from_runtime_error(
-    error: BaseException, *, batch_size: int | None = None
+    error: BaseException, *, batch_size: int | None = None, state: str = ""
 ) -> OutOfMemoryError | DeviceError | None:
     """The typed error for one of MLX's runtime texts, or None if the text is not one of them.
 
@@ -396,23 +412,25 @@ def from_runtime_error(
         error: what MLX raised. Only ``RuntimeError`` and ``MemoryError`` proper are looked at, so
             that subclasses (a user's own) pass unchanged.
         batch_size: rows of the batch that was being computed, kept on the result.
+        state: a sentence on what became of weights and optimizer state.
     """
     if type(error) not in (RuntimeError, MemoryError):
         return None
     text = str(error)
-    for pattern, suggestion in _OUT_OF_MEMORY:
+    for pattern, kind, suggestion in _OUT_OF_MEMORY:
         if match := pattern.match(text):
             facts = match.groupdict()
             return OutOfMemoryError(
-                f"The device ran out of memory: {text.rstrip('.')}.",
+                f"The device ran out of memory: {text.rstrip('.')}.{f' {state}' if state else ''}",
                 needed_bytes=int(facts["needed"]) if facts.get("needed") else None,
                 limit_bytes=int(facts["limit"]) if facts.get("limit") else None,
                 batch_size=batch_size,
                 suggestion=suggestion,
+                kind=kind,
             )
     if _DEVICE_FAULT.match(text):
-        return DeviceError(
-            f"The device failed: {text.rstrip('.')}. Weights and optimizer state may be half "
-            "updated: go on from a checkpoint."
+        state = state or (
+            "Weights and optimizer state may be half updated: go on from a checkpoint."
         )
+        return DeviceError(f"The device failed: {text.rstrip('.')}. {state}")
     return None

@@ -15,13 +15,15 @@ from mlx_fit.errors import Preempted
 from mlx_fit.evaluation import EvaluationStep
 from mlx_fit.fit_state import BATCHES, BEGIN, DONE, EPOCH_END, MAX_STEPS, FitState
 from mlx_fit.history import History
-from mlx_fit.loop import run_batches
+from mlx_fit.loop import Step, run_batches
 from mlx_fit.passes import evaluate_pass, plain
 from mlx_fit.preparing import Prepared
 from mlx_fit.protocols import Run
 from mlx_fit.resuming import Resumption
+from mlx_fit.runtime.watch import MemoryWatch
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
+from mlx_fit.splitting import Splitter, SplittingStep
 from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
 
@@ -39,6 +41,8 @@ class Fit:
         interruption: tells whether a signal asked for the end.
         saver: writes checkpoints, or None.
         resumption: where to go on from, or None.
+        splitters: decide on micro-batches of training and of validation where memory does not
+            suffice; None raises then.
     """
 
     def __init__(
@@ -52,10 +56,14 @@ class Fit:
         interruption: Interruption,
         saver: Saver | None,
         resumption: Resumption | None,
+        splitters: tuple[Splitter, Splitter] | None,
     ) -> None:
         self._run = run
         self._schedule = given.schedule
         self._step = step
+        self._taking: Step = step if splitters is None else SplittingStep(step, splitters[0])
+        self._evaluation_splitter = None if splitters is None else splitters[1]
+        self._memory = MemoryWatch()
         self._feed = given.feed
         self._weigh = given.weigh
         self._evaluation_step = evaluation_step
@@ -74,10 +82,13 @@ class Fit:
     def __call__(self) -> History:
         """Run to the end."""
         try:
-            return self._run_epochs()
+            with self._memory.watching():
+                return self._run_epochs()
         except Exception as error:
-            self._at.save_after(error)
-            raise
+            typed = self._at.save_after(error)
+            if typed is error:
+                raise
+            raise typed from error
 
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
@@ -172,7 +183,7 @@ class Fit:
         always, displays = self._callbacks.train_batch_end()
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
-            step,
+            self._taking,
             self._callbacks.bound("on_train_batch_begin"),
             always,
             self._is_over,
@@ -180,7 +191,7 @@ class Fit:
         )
         if step.window_open:
             step.close_window()
-            step.settle()
+            self._taking.settle()
             self._is_over()
         step.drain()
         self._check_loss()
@@ -232,6 +243,7 @@ class Fit:
         self._check_loss()
         if done % schedule.log_every == 0:
             self._at.recorder.record(self._run.epoch)
+            self._memory.look()
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
             if not self._ending.signal:
@@ -324,7 +336,12 @@ class Fit:
         for name, replay in self._validation.items():
             prefix = f"val_{name}_" if name else "val_"
             values = evaluate_pass(
-                self._run, self._evaluation_step, replay.batches(), self._callbacks, self._stops
+                self._run,
+                self._evaluation_step,
+                replay.batches(),
+                self._callbacks,
+                self._stops,
+                self._evaluation_splitter,
             )
             self._ending.agree()
             if self._ending.signal:

@@ -10,7 +10,13 @@ from mlx_fit.callbacks.base import CallbackList, numbers
 from mlx_fit.communicator import rows_of_all
 from mlx_fit.data.feed import Feed
 from mlx_fit.ending import Ending
-from mlx_fit.errors import CheckpointError, DeviceError, NonFiniteLossError
+from mlx_fit.errors import (
+    CheckpointError,
+    DeviceError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    from_runtime_error,
+)
 from mlx_fit.history import History
 from mlx_fit.protocols import Run
 from mlx_fit.recorder import StepRecorder
@@ -172,23 +178,60 @@ class FitState:
             self.save()
         self._saver.finish()
 
-    def save_after(self, error: Exception) -> None:
-        """Save what an exception leaves, where that is whole; a failure becomes a note on it."""
+    def save_after(self, error: Exception) -> Exception:
+        """Save what an exception leaves, where that is whole; a failure becomes a note on it.
+
+        Returns:
+            The error to raise: one of MLX's is typed, and says what is left and where it is saved.
+        """
+        typed = from_runtime_error(error)
+        memory = typed or error
+        if isinstance(memory, OutOfMemoryError) and memory.kind in ("allocation", "buffers"):
+            if not self._step.is_whole:
+                self._step.recover()
+        elif isinstance(typed, (OutOfMemoryError, DeviceError)) and not self._step.waits_at_once:
+            self._step.is_whole = False  # any step under way may be the one that failed
+        note = self._save_what_is_whole(error)
+        if typed is None:
+            if note:
+                error.add_note(note)
+            return error
+        typed = from_runtime_error(
+            error, batch_size=self._run.info.batch_size or None, state=self._what_is_left()
+        )
+        assert typed is not None
+        if note:
+            typed.add_note(note)
+        return typed
+
+    def _save_what_is_whole(self, error: Exception) -> str:
+        """Save if possible; why nothing was written, where something should have been."""
         if self._saver is None:
-            return
+            return ""
         try:
             if self._ranks.size > 1:  # who knows where the others are
                 self._saver.abandon()
-                return
-            is_damage = isinstance(
-                error, (NonFiniteLossError, MemoryError, DeviceError, CheckpointError)
+                return ""
+            is_damage = (
+                isinstance(error, (NonFiniteLossError, DeviceError, CheckpointError))
+                or type(from_runtime_error(error)) is DeviceError
             )
             is_somewhere = self._kept is not None or self.phase == BATCHES
             if not is_damage and self._step.is_whole and is_somewhere:
                 self.save()
             self._saver.finish()
         except Exception as second:
-            error.add_note(f"No checkpoint was written after this: {second}")
+            return f"No checkpoint was written after this: {second}"
+        return ""
+
+    def _what_is_left(self) -> str:
+        """What became of weights and optimizer state, in a sentence."""
+        newest = None if self._saver is None else self._saver.newest
+        if not self._step.is_whole:
+            where = "a checkpoint" if newest is None else str(newest)
+            return f"Weights and optimizer state may be half updated: go on from {where}."
+        saved = "" if newest is None else f"; the newest checkpoint is {newest}"
+        return f"Weights and optimizer state are those of step {self._run.step}{saved}."
 
     # --- and back ---------------------------------------------------------------------------------
 

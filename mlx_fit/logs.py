@@ -176,6 +176,13 @@ class Rows:
             for name, array in state.items():
                 self.batches.setdefault(key, {}).setdefault(name, []).append(array)
 
+    def take_back(self, count: int) -> None:
+        """Forget the rows of the newest batches."""
+        self.num_batches -= count
+        for state in self.batches.values() if count else ():
+            for arrays in state.values():
+                del arrays[-count:]
+
     def joined(self) -> dict[str, dict[str, mx.array]]:
         """All of them so far: key -> name -> array."""
         return {
@@ -337,6 +344,12 @@ class Sums:
                     loss = self.layout.value(self.watched, found)
                     self.first_bad = tag, math.nan if loss is None else loss
                     return
+
+    def take_back(self, num_vectors: int, num_batches: int) -> None:
+        """Forget the newest vectors, which are pending still, and the rows of so many batches."""
+        if num_vectors:
+            del self.pending[-num_vectors:], self.tags[-num_vectors:]
+        self.rows.take_back(num_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, for a checkpoint. Host synchronisation."""

@@ -12,7 +12,9 @@ from mlx_fit.logs import Logs, Sums
 class Step(Protocol):
     """What the runner needs of a step."""
 
-    sums: Sums
+    @property
+    def sums(self) -> Sums:
+        """What the pass has added up so far."""
 
     def __call__(self, batch: Any) -> None:
         """Take a batch."""

@@ -20,6 +20,7 @@ class StepOptions:
         precision: the policy of :mod:`mlx_fit.precision`.
         compile: False runs the same functions eagerly.
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        on_oom: ``"raise"`` or ``"split"``.
     """
 
     gradient_accumulation: int = 1
@@ -28,6 +29,7 @@ class StepOptions:
     precision: Precision = POLICIES["float32"]
     compile: bool = True
     nonfinite: str = "raise"
+    on_oom: str = "raise"
 
     def __post_init__(self) -> None:
         natural("gradient_accumulation", self.gradient_accumulation, 1)
@@ -42,6 +44,8 @@ class StepOptions:
             raise ConfigurationError(
                 f"nonfinite={self.nonfinite!r}; expected 'raise', 'skip' or 'ignore'."
             )
+        if self.on_oom not in ("raise", "split"):
+            raise ConfigurationError(f"on_oom={self.on_oom!r}; expected 'raise' or 'split'.")
 
     @property
     def masks_bad_batches(self) -> bool:

@@ -16,9 +16,10 @@ from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.communicator import first_known, gather, join_sums, joined_rows
 from mlx_fit.data.sources import Source
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
-from mlx_fit.loop import run_batches
+from mlx_fit.loop import Step, run_batches
 from mlx_fit.modes import evaluation_mode
 from mlx_fit.protocols import Run, RunInfo
+from mlx_fit.splitting import Splitter, SplittingEvaluation
 
 
 def pass_info(kind: str, source: Source, steps: int | None, verbose: int) -> RunInfo:
@@ -52,8 +53,10 @@ def evaluate_pass(
     batches: Iterator[Any],
     callbacks: CallbackList,
     stops: Callable[[], bool],
+    splitter: Splitter | None = None,
 ) -> dict[str, Any]:
     """One pass of evaluation: its values. Restores modes and the random key."""
+    taking: Step = step if splitter is None else SplittingEvaluation(step, splitter)
     callbacks.call("on_test_begin", {})
     random_state = RandomState()
     step.is_running = True
@@ -62,7 +65,7 @@ def evaluate_pass(
             step.start()
             run_batches(
                 batches,
-                step,
+                taking,
                 callbacks.bound("on_test_batch_begin"),
                 callbacks.bound("on_test_batch_end"),
                 stops,

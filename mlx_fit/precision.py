@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_fit._tree import assign, leaves, named_arrays
+from mlx_fit._tree import RandomState, assign, leaves, named_arrays, restore, snapshot
 from mlx_fit.errors import ConfigurationError
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -99,6 +99,20 @@ class Precision:
             # What the forward pass replaced is a buffer of the user's own, and stays.
             kept = [now.get(name) is value for name, value in cast]
             assign(model, [o for o, is_kept in zip(originals, kept, strict=True) if is_kept])
+
+    def look_for_promotion(self, model: nn.Module, forward: Callable[[], Any]) -> None:
+        """Warn of layers that leave half precision in a forward pass that leaves no trace."""
+        saved, key = snapshot(model.state), RandomState()
+
+        def run_forward() -> None:
+            with self.casting(model):
+                forward()
+
+        try:
+            warn_of_promotion(model, run_forward)
+        finally:
+            restore(model.state, saved)
+            key.restore()
 
     def _casting_class(self, kind: type) -> type:
         """A subclass that casts what it is called with: Python looks calls up in the class."""

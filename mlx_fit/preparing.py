@@ -172,6 +172,7 @@ def trainer_arguments(
         "clip_value": options.clip_value,
         "precision": options.precision.name,
         "nonfinite": options.nonfinite,
+        "on_oom": options.on_oom,
     }
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -119,6 +120,12 @@ class Saver:
             warnings.warn(str(error), stacklevel=2)
             return
         self._store.prune(self._policy, higher, snapshot.document["step"])
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint in the folder, None if there is none."""
+        steps = self._store.steps()
+        return steps[max(steps)] if steps else None
 
     def finish(self) -> None:
         """Wait for the last save.

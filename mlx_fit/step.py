@@ -3,40 +3,40 @@
 It is compiled with model, optimizer and random state captured as inputs and outputs, the optimizer
 initialised first, and built anew when what is trainable changes.
 
-May import: ``communicator``, ``compiled``, ``objective``, ``options``, ``updating``.
+May import: ``communicator``, ``compiled``, ``objective``, ``options``, ``step_state``,
+``updating``.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
-from mlx_fit._tree import RandomState, named_arrays, restore, select, snapshot
+from mlx_fit._tree import named_arrays, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.logs import FOLD, Settled, Sums
+from mlx_fit.logs import FOLD
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
-from mlx_fit.precision import warn_of_promotion
 from mlx_fit.rates import RateGuard, optimizers_of, settings
-from mlx_fit.trainable import check_no_new, check_trained, load_window
+from mlx_fit.step_state import StepState
+from mlx_fit.trainable import check_no_new, check_trained
 from mlx_fit.updating import SCALE_ENDED, Update
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
 
 
-class TrainStep:
+class TrainStep(StepState):
     """One batch of training: ``step(batch)``.
 
     Built for one fit, over the model and optimizer as they are then. A window is the
@@ -44,15 +44,7 @@ class TrainStep:
     update together, and a batch of None is one of which this rank has no rows.
 
     Attributes:
-        sums: what the epoch has added up so far.
-        window_open: whether batches wait for their update.
-        num_windows: windows closed so far.
-        num_batches: batches taken in this epoch.
-        num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
-        learning_rate: the rate of the newest update, before anybody changes it; on the device.
-        exchange: puts windows together with those of other ranks, or None.
-        is_whole: False while a batch is under way, and for good if computing it failed: weights
-            and optimizer may then be half updated.
+        guard: called with each batch of a new shape before anything is computed; may raise.
     """
 
     def __init__(
@@ -65,37 +57,19 @@ class TrainStep:
         checks_promotion: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(model, options, exchange)
         self.optimizer = optimizer
         self.objective = objective
-        self.options = options
-        self.sums = Sums()
         if scaling:
             self.sums.watched = SCALE_ENDED
         elif options.nonfinite == "raise":
             self.sums.watched = "loss"
-        self.window_open = False
-        self.num_windows = 0
-        self.num_skipped = 0
-        self.learning_rate: mx.array | None = None
-        self.num_batches = 0
-        self.is_whole = True
-        self._last_batch: int | None = None
+        self.guard: Callable[[Any], None] | None = None
         self._scaling = scaling
-        self.exchange = exchange
-        self._is_fused = options.gradient_accumulation == 1 and exchange is None
         self._updates = Update(model, optimizer, options, scaling, self.sums)
         self._checks_promotion = checks_promotion
-        self._window: list[Any] = []
-        self._num_in_window = 0
         self._weight_on_host = True
         self._host_batch: Any = None
-        # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
-        self._in_flight: deque[tuple[int, int]] = deque()
-        self._settled: tuple[int, int] | None = None
-        self._first_window = 0  # windows before this epoch
-        is_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self._is_async = not is_cpu and exchange is None
         self._shapes: dict[Any, str] = {}
         self._old_traces = 0
         self._build()
@@ -172,7 +146,7 @@ class TrainStep:
                 results = self._batch.function(key[2], arrays, self._window)
             else:
                 results = self._first_call(key, batch, arrays)
-            self._window, sums.batch, rows = results
+            self._window, sums.batch, rows, *self._gradients_of_batch = results
             if self.exchange is None:
                 sums.pending.append(sums.batch)
                 sums.tags.append(self.num_windows + 1)
@@ -182,22 +156,19 @@ class TrainStep:
                 sums.rows.append(rows)
         else:
             self.sums.batch = None
-        self.num_batches += 1
+        if self.is_partial:
+            return
         if self._is_fused and weight != 0.0:
+            self.num_batches += 1
             self.num_windows += 1  # in line: the usual case, and calls are counted
         else:
-            self._end_batch(weight)
+            self.end_batch(weight)
 
-    def _end_batch(self, weight: float | None) -> None:
-        """Count the batch, and close its window if it was the last of it."""
+    def use_windows(self) -> None:
+        """Compute gradients and update apart from now on, so that a batch can come in parts."""
         if self._is_fused:
-            self.num_windows += 1
-            self._skip_window()
-            return
-        self._num_in_window += 1
-        self.window_open = self._num_in_window < self.options.gradient_accumulation
-        if not self.window_open or self.num_batches == self._last_batch:
-            self.close_window()
+            self._is_fused = False
+            self._rebuild()
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         """Meet a batch of a new shape: MLX traces, and bugs in user code show."""
@@ -206,9 +177,13 @@ class TrainStep:
         try:
             if is_empty(batch):
                 raise DataError("The batch has no rows. Leave empty batches out of the data.")
+            if self.guard is not None:
+                self.guard(host_batch)
             if self._checks_promotion:
                 self._checks_promotion = False
-                self._warn_of_promotion(batch)
+                self.options.precision.look_for_promotion(
+                    self.model, lambda: self.objective(self.model, batch)
+                )
             return self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
         except Exception as error:
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
@@ -230,7 +205,7 @@ class TrainStep:
             self.sums.tags.append(self.num_windows + 1)
             self._window = []
         else:
-            self._skip_window()
+            self.num_skipped += 1  # the host knew its weight to be 0: nothing was dispatched
         self._num_in_window = 0
         self.num_windows += 1
         self.window_open = False
@@ -245,10 +220,6 @@ class TrainStep:
         sums.tags.append(self.num_windows + 1)
         self.num_skipped -= shared.logs_skip
         return shared.window
-
-    def _skip_window(self) -> None:
-        """Count a window whose weight the host knows to be 0; nothing was dispatched."""
-        self.num_skipped += 1
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
@@ -274,66 +245,19 @@ class TrainStep:
             sums.fold(self._settled[0])
         self.is_whole = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the epoch is, for a checkpoint; see also :meth:`open_window`. Synchronises."""
-        rate = self.learning_rate
-        return {
-            "num_windows": self.num_windows,
-            "num_batches": self.num_batches,
-            "num_in_window": self._num_in_window,
-            "num_skipped": self.num_skipped,
-            "first_window": self._first_window,
-            "learning_rate": None if rate is None else float(np.array(rate)),
-        }
-
-    def open_window(self) -> dict[str, mx.array]:
-        """The arrays of a window that waits for its update, by name; empty between windows."""
-        return dict(named_arrays(self._window))
-
     def note_replaced_state(self) -> None:
         """Weights and optimizer state were put in place on purpose, learning rates included."""
         self._rates.note()
 
-    def load_state_dict(
-        self, state: dict[str, Any], sums: dict[str, Any] | None, window: dict[str, mx.array]
-    ) -> None:
-        """Go on inside an epoch that :meth:`start_epoch` has started.
+    def only_gradients(self, arrays: Any) -> Any:
+        """Gradients of a batch and its mean loss, lazily: for a plan of memory."""
 
-        Raises:
-            CheckpointMismatchError: the window's gradients are those of other parameters.
-        """
-        for name in ("num_windows", "num_batches", "num_skipped"):
-            setattr(self, name, state[name])
-        self._num_in_window, self._first_window = state["num_in_window"], state["first_window"]
-        self.window_open = self._num_in_window > 0
-        rate = state["learning_rate"]
-        self.learning_rate = None if rate is None else mx.array(rate)
-        if sums is not None:
-            self.sums.load_state_dict(sums)
-        if window:
-            self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
-            load_window(self._window, window)
-        self._settled = self.sums.num_added, self.num_windows
-        if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
-            self.close_window()
-            self.settle()
+        def compute(arrays: Any) -> Any:
+            terms, gradients, _ = self._gradients(arrays)
+            return gradients, terms.mean
 
-    def drain(self) -> None:
-        """Wait for every step that is in flight."""
-        self._in_flight.clear()
-        self._settled = self.sums.num_added, self.num_windows
-        self.sums.fold()  # host synchronisation, once an epoch
-
-    @property
-    def settled(self) -> Settled | None:
-        """The newest step of this epoch that the device has finished, None before the first.
-
-        Copies from the device, but waits for nothing.
-        """
-        if self._settled is None:
-            return None
-        totals = self.sums.fold(self._settled[0])
-        return Settled(totals, self._settled[1], *(self.sums.first_bad or (0, math.nan)))
+        function = Traced(compute, self._state, self._state, self.options.compile)
+        return function(signature(arrays), arrays)
 
     def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
         """The error for a step with a non-finite loss, or with a loss scale that ran out."""
@@ -353,7 +277,8 @@ class TrainStep:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
         entries = self._updates.apply(gradients, conditions, overflowed)
-        return window, self._updates.pack(terms, entries), terms.rows
+        results = window, self._updates.pack(terms, entries), terms.rows
+        return (*results, gradients) if self.options.on_oom == "split" else results
 
     def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
@@ -400,17 +325,3 @@ class TrainStep:
         is_good = mx.logical_and(mx.isfinite(terms.mean), grad.all_finite(gradients))
         select(is_good, model.state, before)
         return terms, gradients, is_good
-
-    def _warn_of_promotion(self, batch: Any) -> None:
-        precision = self.options.precision
-        saved, key = snapshot(self.model.state), RandomState()
-
-        def run_forward() -> None:
-            with precision.casting(self.model):
-                self.objective(self.model, batch)
-
-        try:
-            warn_of_promotion(self.model, run_forward)
-        finally:
-            restore(self.model.state, saved)
-            key.restore()

@@ -27,14 +27,16 @@ from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.communicator import Exchange, reporting
 from mlx_fit.data.feed import Replay
-from mlx_fit.errors import ConfigurationError, from_runtime_error
+from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.fit import Fit
+from mlx_fit.foresight import Foresight
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
 from mlx_fit.objective import Objective, as_objective, direction_of
 from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
+from mlx_fit.plan import MemoryPlan
 from mlx_fit.precision import Precision, initial_scale
 from mlx_fit.preparing import Order, Prepared, prepare_fit, run_info, trainer_arguments
 from mlx_fit.protocols import Communicator, RunInfo
@@ -43,6 +45,7 @@ from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
+from mlx_fit.splitting import Splitter, SplittingStep
 from mlx_fit.state import without_arrays
 from mlx_fit.stateful import Stateful
 from mlx_fit.step import StepOptions, TrainStep
@@ -72,6 +75,9 @@ class Trainer(Stateful):
             of the model by themselves casts their inputs.
         compile: False runs the same step eagerly, for debugging.
         device_config: device and memory limits while this trainer computes.
+        on_oom: what a batch that does not fit into memory does: ``"raise"``
+            :class:`~mlx_fit.OutOfMemoryError`, or ``"split"``: it is computed as micro-batches of
+            half the rows, and of half of these if need be, see :attr:`micro_batch_size`.
         nonfinite: what a loss of NaN or infinity does: ``"raise"``
             :class:`~mlx_fit.NonFiniteLossError`, ``"skip"`` the batch, or ``"ignore"``.
         seed: fixes the order of data and, when the first fit starts, MLX's random key.
@@ -105,6 +111,7 @@ class Trainer(Stateful):
         precision: str = "float32",
         compile: bool = True,
         device_config: DeviceConfig | None = None,
+        on_oom: str = "raise",
         nonfinite: str = "raise",
         seed: int | None = None,
     ) -> None:
@@ -125,7 +132,9 @@ class Trainer(Stateful):
             Precision.get(precision),
             compile,
             nonfinite,
+            on_oom,
         )
+        self._splitters = (Splitter(), Splitter()) if on_oom == "split" else None
         self._options.precision.prepare(model)
         self._setup = OptimizerSetup(optimizer)
         self._arguments = trainer_arguments(self._options, loss, metrics, objective)
@@ -238,6 +247,7 @@ class Trainer(Stateful):
                     interruption,
                     None if given.store is None else Saver(given.store, given.policy, self),
                     resumption,
+                    self._splitters,
                 )
                 return self._run_fit(given)
 
@@ -270,8 +280,10 @@ class Trainer(Stateful):
             if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
-            step(batch)
-            step.settle()
+            splitters = self._splitters
+            taking = step if splitters is None else SplittingStep(step, splitters[0])
+            taking(batch)
+            taking.settle()
             if step.settled and step.settled.bad_window:
                 raise step.bad_loss(self.step, self.epoch)
             return {key: plain(value) for key, value in Logs(step.sums).items()}
@@ -312,7 +324,12 @@ class Trainer(Stateful):
                 if step.is_running:
                     step = EvaluationStep(self.model, self._require_objective(), self._options)
                 return evaluate_pass(
-                    self, step, replay.batches(), callback_list, lambda: self.stop_evaluating
+                    self,
+                    step,
+                    replay.batches(),
+                    callback_list,
+                    lambda: self.stop_evaluating,
+                    None if self._splitters is None else self._splitters[1],
                 )
 
     def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
@@ -384,6 +401,42 @@ class Trainer(Stateful):
     def summary(self) -> None:
         """Print the layers with their parameters, how many are trained, and their bytes."""
         print_summary(self.model)
+
+    def plan(self, batch: Any) -> MemoryPlan:
+        """What a training step of a batch takes of memory, measured on parts of it.
+
+        Steps of a few rows, up to a quarter of the batch, are run and undone; then the whole is
+        predicted. Weights, optimizer state, buffers, random key and counters are as before.
+
+        Args:
+            batch: ``x``, ``(x, y)`` or ``(x, y, weights)`` as :meth:`fit` gets it; its rows are
+                those of a micro-batch, so with gradient accumulation it is one batch of a window.
+
+        Returns:
+            The plan. ``print(trainer.plan(batch))`` shows it as a table.
+
+        Raises:
+            ConfigurationError: there is no loss or no optimizer.
+            DataError: the batch has no rows, or its first rows weigh nothing.
+
+        Example:
+            >>> import mlx.nn as nn, mlx.optimizers as optim, numpy as np
+            >>> trainer = Trainer(nn.Linear(8, 2), optim.Adam(0.1), "cross_entropy")
+            >>> plan = trainer.plan((np.zeros((64, 8), np.float32), np.zeros(64, np.int32)))
+            >>> plan.fits, plan.parts["weights"]
+            (True, 72)
+        """
+        with training_mode(self.model), self._computing(None):
+            return self._foresight().plan(batch)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that are computed at a time: a batch, or less after memory did not suffice for one.
+
+        It is kept for the rest of the run, and in checkpoints. Evaluation has a size of its own.
+        """
+        rows = None if self._splitters is None else self._splitters[0].rows
+        return rows or self.info.batch_size or self.batch_size
 
     # --- what callbacks see -----------------------------------------------------------------------
 
@@ -483,12 +536,18 @@ class Trainer(Stateful):
             )
         return self._objective
 
-    def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
+    def _foresight(self) -> Foresight:
         if self.optimizer is None:
             raise ConfigurationError(
                 "This trainer has no optimizer: give Trainer(model, optimizer, ...)."
             )
+        has_limit = self.device_config.memory_limit is not None
+        objective = self._require_objective()
+        return Foresight(self.model, self.optimizer, objective, self._options, has_limit)
+
+    def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
         self._drop_train_step()
+        guard = self._foresight()
         self._train_step = TrainStep(
             self.model,
             self.optimizer,
@@ -498,6 +557,7 @@ class Trainer(Stateful):
             self._warns_of_promotion,
             self._make_exchange(self._options, bool(self._scaling)),
         )
+        self._train_step.guard = guard
         self._warns_of_promotion = False
         if resumption is not None:
             self._train_step.num_windows = resumption.num_windows
@@ -520,6 +580,8 @@ class Trainer(Stateful):
             typed = from_runtime_error(error, batch_size=self.batch_size)
             self.communicator.report(typed or error)
             if trains:
+                if isinstance(typed, OutOfMemoryError) and self._train_step is not None:
+                    self._train_step.recover()
                 self._drop_train_step()
                 self._scaling = initial_scale() if self._scaling else {}
             if callbacks is not None:

@@ -9,6 +9,16 @@ import numpy as np
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` need one; docs/gpu.md says how they are run."""
+    if mx.is_available(mx.gpu):
+        return
+    skip = pytest.mark.skip(reason="MLX has no GPU here (docs/gpu.md says how to run these)")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
 @pytest.fixture
 def rng():
     """A NumPy generator of fixed seed; MLX's key is fixed with it."""

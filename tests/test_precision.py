@@ -237,7 +237,7 @@ def test_looking_for_promotion_changes_no_bit(rng):
         mx.random.seed(3)
         with pytest.MonkeyPatch.context() as patch:
             if not watched:
-                patch.setattr("mlx_fit.step.warn_of_promotion", lambda *_: None)
+                patch.setattr("mlx_fit.precision.warn_of_promotion", lambda *_: None)
             trainer.fit(data, verbose=0)
         runs.append(weights(trainer.model))
     for name, value in runs[0].items():

@@ -79,6 +79,7 @@ def take_snapshot(state: TrainState, expected: Iterable[str] = ()) -> Snapshot:
         "random_key": trainer["random_key"],
         "order_seed": trainer["order_seed"],
         "num_passes": trainer["num_passes"],
+        "micro_batch_size": trainer.get("micro_batch_size"),
         "loss_scale": plain.encode(trainer["loss_scale"], "loss_scale"),
         "position": plain.encode(state.position, "position"),
         "sums": encoders[SUMS].encode(state.sums, "sums"),
@@ -225,6 +226,9 @@ def _check(path: Path, document: Any) -> None:
         raise _corrupt(path, "random_key of two 32-bit words", repr(key)[:80])
     if any(document[name] < 0 for name in COUNTERS):
         raise _corrupt(path, "counters that are not negative", "a negative one")
+    size = document.get("micro_batch_size")  # absent before batches could be split
+    if size is not None and (type(size) is not int or size < 1):
+        raise _corrupt(path, "micro_batch_size of at least 1", repr(size)[:80])
     files = document["files"]
     if not {MODEL, OPTIMIZER} <= files.keys() or not files.keys() <= {*FILES}:
         raise _corrupt(path, f"files among {', '.join(FILES)}", f"{', '.join(files)[:200]}")
@@ -282,6 +286,7 @@ def read_checkpoint(folder: Path, document: Mapping[str, Any] | None = None) -> 
         "loss_scale": decoded("loss_scale"),
         "random_key": document["random_key"],
         "frozen": document["frozen"],
+        "micro_batch_size": document.get("micro_batch_size"),
         **{name: document[name] for name in COUNTERS},
     }
     return TrainState(

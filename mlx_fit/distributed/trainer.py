@@ -91,6 +91,12 @@ class DistributedTrainer(Trainer):
         self.rank, self.size = rank_and_size()
         if self.size == 1:
             return
+        if self._splitters is not None:
+            raise ConfigurationError(
+                f"on_oom='split' is for one process, and here are {self.size} ranks, which would "
+                "have to split alike. Use on_oom='raise', and a smaller batch_size with "
+                "gradient_accumulation."
+            )
         plane = Unwatched()
         plan = {"parameters": plan_of(model), "strategy": chosen.name, "seed": self._seed}
         self.communicator = ring = connect(self.size, plane, plan, uneven)

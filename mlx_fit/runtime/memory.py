@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,26 +32,56 @@ def cache_bytes() -> int:
     return mx.get_cache_memory()
 
 
+@dataclass
+class Peak:
+    """The highest :func:`active_bytes` of a stretch of work."""
+
+    num_bytes: int = 0
+
+
+_earlier = Peak()  # before a measurement, which resets MLX's own counter
+
+
 def peak_bytes() -> int:
     """The highest :func:`active_bytes` since the start, or since :func:`reset_peak`."""
-    return mx.get_peak_memory()
+    return max(mx.get_peak_memory(), _earlier.num_bytes)
 
 
 def reset_peak() -> None:
     """Let :func:`peak_bytes` begin anew."""
     mx.reset_peak_memory()
+    _earlier.num_bytes = 0
+
+
+@contextmanager
+def measured_peak() -> Iterator[Peak]:
+    """The peak of what is evaluated inside; :func:`peak_bytes` stays that of the whole process."""
+    peak = Peak()
+    _earlier.num_bytes = peak_bytes()
+    mx.reset_peak_memory()
+    try:
+        yield peak
+    finally:
+        peak.num_bytes = mx.get_peak_memory()
 
 
 def limit_bytes() -> int:
-    """The most bytes that MLX can safely hold on the default device.
+    """The most bytes that MLX can safely hold on the default device: the least of :func:`limits`.
 
-    The smallest of MLX's own limit (``mx.set_memory_limit``), what the device has, and for a CPU on
-    Linux what the machine and the control groups of this process (container, batch job) have left
-    beyond what MLX holds already. On CPU, an allocation that fails ends the process without an
-    exception.
+    On CPU, an allocation that fails ends the process without an exception.
+    """
+    return min(limits().values())
+
+
+def limits() -> dict[str, int]:
+    """What limits the bytes that MLX can hold on the default device, by name.
+
+    MLX's own limit (``mx.set_memory_limit``), what the device has, and for a CPU on Linux what the
+    machine, the control groups of this process (container, batch job) and its address space
+    (``ulimit -v``) have left beyond what MLX holds already.
     """
     held = active_bytes() + cache_bytes()
-    limits = [mx.get_memory_limit()]
+    found = {"memory_limit": mx.get_memory_limit()}
     if mx.default_device().type != mx.DeviceType.cpu:
         facts = mx.device_info()
         # Metal tells the first, CUDA the others; free memory excludes what MLX itself holds.
@@ -58,10 +91,28 @@ def limit_bytes() -> int:
             ("free_memory", held),
         ):
             if key in facts:
-                limits.append(int(facts[key]) + mine)
+                found[f"the device's {key}"] = int(facts[key]) + mine
     elif sys.platform.startswith("linux"):
-        limits += [held + left for left in _left_on_linux()]
-    return min(limits)
+        left = _left_on_linux()
+        if left:
+            found["what the machine or its container has left"] = held + min(left)
+    if (room := address_space_left()) is not None:
+        # What MLX keeps for reuse stays mapped: it may be of the wrong sizes.
+        found["the address space of the process (ulimit -v)"] = active_bytes() + room
+    return found
+
+
+def address_space_left() -> int | None:
+    """Bytes that this process may still map; None where that has no limit."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import resource  # not on every system
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return max(0, soft - num_pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def process_rss_bytes() -> int:

@@ -19,8 +19,9 @@ ROOT = Path(mlx_fit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
-    *("signals", "timing", "plan", "loop", "passes", "saving", "resuming", "arguments"),
-    *("preparing", "recorder", "ending", "fit_state", "fit", "stateful", "trainer", "lightning"),
+    *("signals", "timing", "probing", "plan", "foresight", "loop", "passes", "saving", "resuming"),
+    *("arguments", "preparing", "recorder", "ending", "fit_state", "fit", "stateful", "trainer"),
+    "lightning",
     *("distributed", "cli"),
 ]
 # Imports point down. A folder stands for all of its modules, which may import each other.
@@ -45,8 +46,8 @@ LAYERS = [
         *("chunked_loss", "body_head"),
     },
     {
-        *("data", "text", "objective", "options", "compiled", "step", "evaluation", "summary"),
-        "updating",
+        *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
+        *("evaluation", "summary", "updating"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
     },
     {"callbacks"},

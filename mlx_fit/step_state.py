@@ -1,0 +1,192 @@
+"""Where a training step is in its epoch: what it counts, what is under way, and how to go back.
+
+Imports layer 2: communicator, options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_fit._tree import named_arrays, snapshot
+from mlx_fit.communicator import Exchange
+from mlx_fit.logs import Settled, Sums
+from mlx_fit.options import StepOptions
+from mlx_fit.trainable import load_window
+
+
+class StepState(ABC):
+    """What a training step keeps between batches beside model, optimizer and loss scale.
+
+    Args:
+        model: the model.
+        options: how a batch becomes an update.
+        exchange: puts windows together with those of other ranks, or None.
+
+    Attributes:
+        sums: what the epoch has added up so far.
+        window_open: whether batches wait for their update.
+        num_windows: windows closed so far.
+        num_batches: batches taken in this epoch.
+        num_skipped: windows of total weight 0 that were not even dispatched, in this epoch.
+        learning_rate: the rate of the newest update, before anybody changes it; on the device.
+        is_whole: False while a batch is under way, and for good if computing it failed: weights
+            and optimizer may then be half updated.
+        is_partial: whether what is taken is a part of a batch; :meth:`end_batch` ends the batch.
+    """
+
+    def __init__(self, model: nn.Module, options: StepOptions, exchange: Exchange | None) -> None:
+        self.model = model
+        self.options = options
+        self.exchange = exchange
+        self.sums = Sums()
+        self.window_open = False
+        self.num_windows = 0
+        self.num_skipped = 0
+        self.num_batches = 0
+        self.learning_rate: mx.array | None = None
+        self.is_whole = True
+        self.is_partial = False
+        self._state: list[Any] = []
+        self._is_fused = options.gradient_accumulation == 1 and exchange is None
+        self._last_batch: int | None = None
+        self._first_window = 0  # windows before this epoch
+        self._window: list[Any] = []
+        self._num_in_window = 0
+        self._gradients_of_batch: list[Any] = []  # kept apart where they may have to be redone
+        # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
+        self._in_flight: deque[tuple[int, int]] = deque()
+        self._settled: tuple[int, int] | None = None
+        is_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self._is_async = not is_cpu and exchange is None
+
+    @abstractmethod
+    def close_window(self) -> None:
+        """Update the weights from the accumulated batches of the window, however many there are."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
+
+    @property
+    def waits_at_once(self) -> bool:
+        """Whether :meth:`settle` waits for its own batch, as on the CPU."""
+        return not self._is_async
+
+    def drain(self) -> None:
+        """Wait for every step that is in flight."""
+        self._in_flight.clear()
+        self._settled = self.sums.num_added, self.num_windows
+        self.sums.fold()  # host synchronisation, once an epoch
+
+    @property
+    def settled(self) -> Settled | None:
+        """The newest step of this epoch that the device has finished, None before the first.
+
+        Copies from the device, but waits for nothing.
+        """
+        if self._settled is None:
+            return None
+        totals = self.sums.fold(self._settled[0])
+        return Settled(totals, self._settled[1], *(self.sums.first_bad or (0, math.nan)))
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch is, for a checkpoint; see also :meth:`open_window`. Synchronises."""
+        rate = self.learning_rate
+        return {
+            "num_windows": self.num_windows,
+            "num_batches": self.num_batches,
+            "num_in_window": self._num_in_window,
+            "num_skipped": self.num_skipped,
+            "first_window": self._first_window,
+            "learning_rate": None if rate is None else float(np.array(rate)),
+        }
+
+    def open_window(self) -> dict[str, mx.array]:
+        """The arrays of a window that waits for its update, by name; empty between windows."""
+        return dict(named_arrays(self._window))
+
+    def load_state_dict(
+        self, state: dict[str, Any], sums: dict[str, Any] | None, window: dict[str, mx.array]
+    ) -> None:
+        """Go on inside an epoch that :meth:`start_epoch` has started.
+
+        Raises:
+            CheckpointMismatchError: the window's gradients are those of other parameters.
+        """
+        for name in ("num_windows", "num_batches", "num_skipped"):
+            setattr(self, name, state[name])
+        self._num_in_window, self._first_window = state["num_in_window"], state["first_window"]
+        self.window_open = self._num_in_window > 0
+        rate = state["learning_rate"]
+        self.learning_rate = None if rate is None else mx.array(rate)
+        if sums is not None:
+            self.sums.load_state_dict(sums)
+        if window:
+            self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
+            load_window(self._window, window)
+        self._settled = self.sums.num_added, self.num_windows
+        if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
+            self.close_window()
+            self.settle()
+
+    # --- a batch that may be computed in parts, or again ------------------------------------------
+
+    @property
+    def state_parts(self) -> list[Any]:
+        """What a batch changes, random key apart. Another list after the step was built anew."""
+        return self._state
+
+    @property
+    def window(self) -> list[Any]:
+        """Weighted gradients, their weight and how many were bad; empty between windows."""
+        return self._window
+
+    def wait_for_gradients(self) -> None:
+        """Evaluate all of the newest part but the update. Host synchronisation."""
+        gradients = self._gradients_of_batch or [self._state, self._window]
+        self._gradients_of_batch = []  # the update may reuse them
+        mx.eval(gradients, self.sums.batch, self.sums.rows.newest)
+
+    def end_batch(self, weight: float | None) -> None:
+        """Count a batch, and close its window if it was the last of it."""
+        self.num_batches += 1
+        if self._is_fused:
+            self.num_windows += 1
+            self.num_skipped += weight == 0.0  # the host knew it, and nothing was dispatched
+            return
+        self._num_in_window += 1
+        self.window_open = self._num_in_window < self.options.gradient_accumulation
+        if not self.window_open or self.num_batches == self._last_batch:
+            self.close_window()
+
+    def forget_parts(self, window: list[Any], num_vectors: int, num_rows: int) -> None:
+        """Take back the parts of a batch that will be redone."""
+        self._window, self._gradients_of_batch = window, []
+        self.sums.take_back(num_vectors, num_rows)
+        self.is_whole = True
+
+    def recover(self) -> None:
+        """After a failed allocation: see whether the step can be finished once memory is free.
+
+        Nothing is lost then: what was computed is there, and the rest is computed now.
+        """
+        mx.clear_cache()
+        with contextlib.suppress(RuntimeError, MemoryError):
+            mx.eval(
+                self._state,
+                self._window,
+                self.sums.pending[-2:],
+                self.sums.open,
+                self.sums.rows.newest,
+            )
+            self.is_whole = True
