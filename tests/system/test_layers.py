@@ -48,7 +48,7 @@ LAYERS = [
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
         *("evaluation", "summary", "updating"),
-        *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
+        *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
     },
     {"callbacks"},
     set(RUN),
