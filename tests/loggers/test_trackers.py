@@ -38,7 +38,10 @@ def killed_after(tmp_path, logger, step):
     trainer_of().fit(ramp(2), ramp(1), epochs=3, callbacks=callbacks, verbose=0,
                      checkpoint_dir=folder / "saved", checkpoint_every="2 steps")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
+    # Not with the service of this process, which would think that the run is still open.
+    env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, env=env)
     assert done.returncode == -9, done.stderr.decode()
 
 
