@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from mlx_fit.errors import ConfigurationError
@@ -18,8 +17,9 @@ class WandbLogger:
     """Logs to a run of Weights & Biases (``pip install wandb``).
 
     A resumed training goes on with the same run. What the run has beyond the checkpoint is not
-    written again: the values are the same. Offline, that is known from a small file beside the
-    run's folders; each session has a folder of its own, and ``wandb sync`` puts them together.
+    written again: the values are the same. Offline, each session has a folder of its own, which
+    goes on from the checkpoint, for ``wandb sync``; of a session that was killed with ``kill -9``
+    W&B has on disk what it had written by then.
 
     Args:
         project, name: as in ``wandb.init``.
@@ -57,8 +57,6 @@ class WandbLogger:
         self._run: Any = None
         self._past = Past("WandbLogger")
         self._last: int | None = None  # the step that the run had come to when it was opened
-        self._newest: int | None = None
-        self._tally: Path | None = None
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Add to the run's config; what changed is replaced."""
@@ -70,16 +68,11 @@ class WandbLogger:
         if self._past.holds(step, self._last):
             return
         run.log(dict(values), step=step)
-        if self._tally is not None and self._newest is not None and self._newest != step:
-            self._tally.write_text(str(self._newest))  # wandb completes a row when the next begins
-        self._newest = step
 
     def close(self, error: BaseException | None = None) -> None:
         """End the run, as failed after an error; a run that was given stays open."""
         if self._run is not None and self._given is None:
             self._run.finish(exit_code=0 if error is None else 1)
-            if self._tally is not None and self._newest is not None:
-                self._tally.write_text(str(self._newest))
         self._run = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,21 +84,15 @@ class WandbLogger:
         self._past.is_resumed = True
         if self._given is None and state["id"] != self.id:
             self.close()
-            self.id, self._newest = state["id"], None
+            self.id = state["id"]
 
     def _open(self) -> Any:
         if self._run is None:
             self._run = self._given or self._start()
+            begins_at = self._run.starting_step  # 0 for a new run, and offline
+            self._last = begins_at - 1 if begins_at else None
         return self._run
 
     def _start(self) -> Any:
-        run = import_module("wandb").init(
-            id=self.id, resume="allow", reinit="create_new", **self._options
-        )
-        self._last = run.starting_step - 1 if run.starting_step else None
-        self._tally = None
-        if run.offline and not run.disabled:
-            self._tally = Path(run.settings.wandb_dir) / f"mlx_fit-{self.id}.step"
-            if self._tally.exists():
-                self._last = int(self._tally.read_text())
-        return run
+        wandb = import_module("wandb")  # here: it is optional
+        return wandb.init(id=self.id, resume="allow", reinit="create_new", **self._options)

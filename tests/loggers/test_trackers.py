@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from types import SimpleNamespace
 
 import pytest
 from toys import Do, raising, ramp, trainer_of
@@ -197,13 +200,36 @@ def test_wandb_has_a_row_for_each_step(wandb, tmp_path):
     assert [row["val_loss"] for row in rows if "val_loss" in row] == history.history["val_loss"]
 
 
-def test_wandb_goes_on_after_a_kill_with_each_step_once(wandb, tmp_path):
-    killed_after(tmp_path, f"WandbLogger(**{wandb!r})", 4)
+def test_wandb_goes_on_with_the_same_run_after_a_kill(wandb, tmp_path):
+    killed_after(tmp_path, f"WandbLogger(**{wandb!r})", 5)
     logger = WandbLogger(**wandb)
     resumed(tmp_path, logger)
     rows, ids, _ = rows_of(tmp_path)
     assert ids == {logger.id}
+    assert [row["_step"] for row in rows][-2:] == [5, 6]
+
+
+def test_wandb_goes_on_after_an_interruption_with_each_step_once(wandb, tmp_path):
+    saved = {"checkpoint_dir": tmp_path / "saved", "checkpoint_every": "2 steps", "resume": "auto"}
+    interrupt = Do("on_train_batch_end", lambda _: signal.raise_signal(signal.SIGINT), 0)
+    first, second = WandbLogger(**wandb), WandbLogger(**wandb)
+    fit(first, 3, more=[interrupt], **saved)
+    time.sleep(1.1)  # wandb names a session's folder by the second
+    fit(second, 3, **saved)
+    rows, ids, _ = rows_of(tmp_path)
+    assert ids == {first.id} == {second.id}
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_of_wandb_has_already_is_left_out(wandb):
+    rows = []
+    config = SimpleNamespace(update=lambda *args, **options: None)
+    run = SimpleNamespace(id="a", starting_step=3, config=config)
+    run.log = lambda values, step: rows.append(step)
+    logger = WandbLogger(run=run)
+    logger.load_state_dict({"id": "a"})
+    fit(logger)
+    assert rows == [3, 4, 4, 4]
 
 
 def test_wandb_is_told_of_a_failure(wandb, tmp_path):
