@@ -31,7 +31,7 @@ def killed_after(tmp_path, logger, step):
     sys.path.insert(0, {TESTS!r})
     from pathlib import Path
     from toys import Do, ramp, trainer_of
-    from mlx_fit import LoggerCallback
+    from mlx_fit import CheckpointPolicy, LoggerCallback
     from mlx_fit.loggers import MLflowLogger, WandbLogger
     folder = Path({str(tmp_path)!r})
     def kill(trainer):
@@ -39,7 +39,7 @@ def killed_after(tmp_path, logger, step):
             os.kill(os.getpid(), signal.SIGKILL)
     callbacks = [LoggerCallback({logger}, 1), Do("on_train_batch_end", kill)]
     trainer_of().fit(ramp(2), ramp(1), epochs=3, callbacks=callbacks, verbose=0,
-                     checkpoint_dir=folder / "saved", checkpoint_every="2 steps")
+                     checkpoint_dir=folder / "saved", checkpoint_every=CheckpointPolicy("2 steps", background=False))
     """
     # Not with the service of this process, which would think that the run is still open.
     env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
