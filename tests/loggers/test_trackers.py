@@ -38,8 +38,9 @@ def killed_after(tmp_path, logger, step):
         if trainer.step == {step}:
             os.kill(os.getpid(), signal.SIGKILL)
     callbacks = [LoggerCallback({logger}, 1), Do("on_train_batch_end", kill)]
+    policy = CheckpointPolicy("2 steps", background=False)
     trainer_of().fit(ramp(2), ramp(1), epochs=3, callbacks=callbacks, verbose=0,
-                     checkpoint_dir=folder / "saved", checkpoint_every=CheckpointPolicy("2 steps", background=False))
+                     checkpoint_dir=folder / "saved", checkpoint_every=policy)
     """
     # Not with the service of this process, which would think that the run is still open.
     env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}

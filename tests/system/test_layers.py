@@ -37,6 +37,7 @@ LAYERS = [
             "messages",
             "_tree",
             "_version",
+            "pace",
         ),
         "_lazy",
     },
