@@ -38,6 +38,7 @@ LAYERS = [
             "_tree",
             "_version",
             "pace",
+            "habits",
         ),
         "_lazy",
     },
