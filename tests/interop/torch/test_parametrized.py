@@ -76,6 +76,17 @@ def test_names_that_only_look_like_it_are_left_alone():
     assert model.rate_v.tolist() == [1.0] * 5
 
 
+def test_a_model_that_has_the_parts_itself_gets_them():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight_g, self.weight_v = mx.zeros((4, 1)), mx.zeros((4, 3))
+
+    model = Own()
+    load_weights(model, {"weight_g": np.ones((4, 1)), "weight_v": np.ones((4, 3))})
+    assert model.weight_g.tolist() == [[1.0]] * 4
+
+
 def test_other_parametrizations_are_named_with_the_way_out():
     theirs = tnn.Sequential(new.orthogonal(tnn.Linear(4, 4)))
     with pytest.raises(CheckpointMismatchError, match="remove_parametrizations"):
@@ -84,7 +95,7 @@ def test_other_parametrizations_are_named_with_the_way_out():
 
 def test_grouped_transposed_convolutions_are_refused_with_their_groups():
     theirs = tnn.Sequential(tnn.ConvTranspose2d(4, 6, 3, groups=2))
-    with pytest.raises(CheckpointMismatchError, match="has groups=2: .* have none"):
+    with pytest.raises(CheckpointMismatchError, match=r"has groups=2: .* have none"):
         load_weights(nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), theirs)
     plain = tnn.Sequential(tnn.Conv2d(4, 6, 3, groups=2))
     with pytest.raises(CheckpointMismatchError, match="has groups=2: give this one as many"):
