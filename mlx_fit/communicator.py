@@ -223,11 +223,13 @@ class Shared:
             to update with.
         vector: packed sums of the window's logs.
         logs_skip: whether these say that the window was left out.
+        is_update: whether it counts, on all ranks together.
     """
 
     window: list[Any]
     vector: mx.array
     logs_skip: bool
+    is_update: bool
 
 
 class Votes(Protocol):
@@ -262,5 +264,14 @@ class Exchange(Protocol):
             number: of the window, from 0.
         """
 
-    def update(self, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
-        """Apply a window; ``apply`` does what one process would do, and returns what is logged."""
+    def update(self, model: nn.Module, apply: Callable[[], mx.array] | None) -> mx.array | None:
+        """Make the update of a window that counts; collective.
+
+        Args:
+            model: what is updated.
+            apply: does what one process would do, and returns what is logged of it; None on a rank
+                that has nothing to update with.
+        """
+
+    def finish(self, model: nn.Module) -> None:
+        """The fit ends; collective."""

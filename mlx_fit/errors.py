@@ -25,6 +25,7 @@ __all__ = [
     "MlxFitError",
     "NonFiniteLossError",
     "OutOfMemoryError",
+    "ParameterDesyncError",
     "PeerError",
     "PeerLostError",
     "PlanMismatchError",
@@ -290,6 +291,15 @@ class PlanMismatchError(DistributedError):
     """Ranks disagree about the model or the run. ``first`` names the first difference."""
 
     def __init__(self, message: str, *, first: str = "") -> None:
+        self.first = first
+        super().__init__(message)
+
+
+class ParameterDesyncError(DistributedError):
+    """Ranks that should have equal weights have not. Attributes: step, first (a parameter)."""
+
+    def __init__(self, message: str, *, step: int, first: str) -> None:
+        self.step = step
         self.first = first
         super().__init__(message)
 

@@ -21,7 +21,7 @@ from mlx_fit.arguments import (
     concatenate,
     evaluation_source,
 )
-from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.callbacks.base import Callback, CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
@@ -137,6 +137,7 @@ class Trainer(Stateful):
         # all of them start with the same.
         self._make_exchange: Callable[[StepOptions, bool], Exchange | None] = _no_exchange
         self._align: Callable[[], None] = _nothing_to_align
+        self._own_callbacks: list[Callback] = []
         self._evaluation_step: EvaluationStep | None = None
         self._prediction_step: PredictionStep | None = None
 
@@ -225,7 +226,8 @@ class Trainer(Stateful):
                 self._align()
             history = self._start_run(given, resolve_verbose(verbose))
             resumption = self._resume(given)
-            watchers = [callbacks, HistoryRecorder(history), progress(self.info.verbose)]
+            own = [*self._own_callbacks, HistoryRecorder(history), progress(self.info.verbose)]
+            watchers = [callbacks, own]
             callback_list = CallbackList(watchers, self, history.params, self._is_first)
             with self._computing(callback_list, trains=True):
                 self._fit = Fit(

@@ -76,6 +76,7 @@ class Ring:
 
     Attributes:
         rank, size: of the group.
+        step: the collectives of now belong to it, 1-based.
         num_collectives: issued so far.
         num_bytes: sent into them by this rank so far.
     """
@@ -88,13 +89,13 @@ class Ring:
         self.num_bytes = 0
         self._group = group
         self._plane = plane
-        self._step = 0
+        self.step = 0
         self._failure: BaseException | None = None
         self._known: BaseException | None = None
 
     def at_step(self, step: int) -> None:
         """Which step the collectives that follow belong to, for messages."""
-        self._step = step
+        self.step = step
 
     def sum(self, arrays: list[mx.array], phase: str = "sum") -> list[mx.array]:
         """Elementwise sums over the ranks, evaluated, in the order of ``arrays``."""
@@ -124,7 +125,7 @@ class Ring:
         self.num_collectives += 1
         self.num_bytes += array.nbytes
         try:
-            with self._plane.watching(self._step, phase):
+            with self._plane.watching(self.step, phase):
                 # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
                 result = collective(array, group=self._group, stream=mx.cpu)
                 mx.eval(result)  # host synchronisation with all ranks
@@ -132,7 +133,7 @@ class Ring:
             self._failure = error
             if isinstance(error, RuntimeError) and not isinstance(error, DistributedError):
                 raise DistributedError(
-                    f"A collective failed ({phase}, step {self._step}): {error}"
+                    f"A collective failed ({phase}, step {self.step}): {error}"
                 ) from error
             raise
         return result
@@ -145,7 +146,7 @@ class Ring:
         """Tell the other ranks why this one leaves, unless all of them have come to the same."""
         is_common = isinstance(error, (NonFiniteLossError, Preempted))
         if not is_common and error is not self._failure and error is not self._known:
-            self._plane.report(error, self._step)
+            self._plane.report(error, self.step)
 
 
 def check_backend(size: int) -> None:

@@ -16,9 +16,12 @@ from mlx_fit.distributed.plane import Unwatched
 from mlx_fit.distributed.ring import connect, rank_and_size
 from mlx_fit.distributed.strategies import strategy_of
 from mlx_fit.distributed.strategy import Strategy
+from mlx_fit.distributed.strategy_state import StrategyState
 from mlx_fit.distributed.sync import SyncPolicy
 from mlx_fit.distributed.windows import Windows
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.rates import OptimizerSetup
+from mlx_fit.state import PartialOptimizer
 from mlx_fit.trainer import Trainer
 
 UNEVEN = ("join", "stop")
@@ -42,7 +45,8 @@ class DistributedTrainer(Trainer):
 
     Args:
         model, optimizer, loss, metrics: as for :class:`Trainer`. Rank 0's weights are used.
-        strategy: ``"data_parallel"``, or a strategy object of ``mlx_fit.distributed``.
+        strategy: ``"data_parallel"``, ``"zero1"``, ``"parameter_server"``, ``"local_sgd"``,
+            ``"diloco"``, or a strategy object of ``mlx_fit.distributed``.
         sync: how gradients are exchanged, and how long ranks wait for each other.
         uneven: for iterables that give some ranks fewer batches than others. ``"join"``: those
             that have ended take part without samples until all have ended. ``"stop"``: all end
@@ -101,9 +105,12 @@ class DistributedTrainer(Trainer):
             for name, value in settings.items():
                 check_same(ring, f"DistributedTrainer's {name}", value)
             self._order_seed = of_first(ring, self._order_seed)
-            self._make_exchange = partial(Windows, ring, chosen)
+            self._make_exchange = partial(Windows, ring, chosen, policy.check_every)
             self._align = partial(self._start_alike, ring)
-            chosen.start(Buckets(policy), optimizer, ring)
+            self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
+            self._setup = OptimizerSetup(self.optimizer)
+            if not chosen.keeps_equal:
+                self._own_callbacks = [StrategyState(chosen)]
             align(ring, {"The weights": model.state})
 
     def _start_alike(self, ring: Any) -> None:
@@ -112,6 +119,7 @@ class DistributedTrainer(Trainer):
         trees: dict[str, Any] = {"The weights": self.model.state}
         if self.optimizer is not None:
             self.optimizer.init(self.model.trainable_parameters())
+        if self.optimizer is not None and not isinstance(self.optimizer, PartialOptimizer):
             trees["The optimizer's arrays"] = self.optimizer.state
         align(ring, trees)
         align_key(ring)

@@ -31,6 +31,7 @@ from mlx_fit import (
     SyncPolicy,
     TensorBoard,
 )
+from mlx_fit.distributed import DiLoCo, LocalSGD
 from mlx_fit.errors import NonFiniteLossError
 
 RANK = int(os.environ.get("MLX_RANK", "0"))
@@ -430,6 +431,155 @@ class DataSet:
 
     def __getitem__(self, index):
         return self.data[index]
+
+
+# --- strategies -----------------------------------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optim.SGD(0.1, momentum=0.9),
+    "adamw": lambda: optim.AdamW(optim.cosine_decay(1e-2, 20)),
+    "lion": lambda: optim.Lion(1e-3),
+    "adagrad": lambda: optim.Adagrad(1e-2),
+    "rmsprop": lambda: optim.RMSprop(1e-3),
+    "adadelta": lambda: optim.AdaDelta(1.0),
+    "adamax": lambda: optim.Adamax(1e-2),
+    "adafactor": lambda: optim.Adafactor(1e-2, relative_step=False, scale_parameter=False),
+    "muon": lambda: optim.Muon(1e-2),
+}
+
+
+@case
+def zero1(folder):
+    """Weights by data_parallel, and by zero1, for each optimizer."""
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        found[name] = []
+        for strategy in ("data_parallel", "zero1"):
+            trainer = trainer_of(optimizer=make(), strategy=strategy, clip_norm=1.0)
+            run = fitted(trainer, rows(24), epochs=2)
+            own = sum(v.size for _, v in tree_flatten(trainer.optimizer.state))
+            found[name].append([run["weights"], run["history"], own])
+    return found
+
+
+@case
+def zero1_checkpoints(folder):
+    found = {}
+    for strategy in ("data_parallel", "zero1", "parameter_server"):
+        trainer = trainer_of(optimizer=optim.AdamW(1e-2), strategy=strategy)
+        fitted(trainer, rows(36), epochs=1)
+        trainer.save(folder / strategy)
+        # Another trainer goes on from it, by another strategy.
+        other = trainer_of(mlp(seed=5), optim.AdamW(1e-2), strategy="zero1")
+        again = fitted(other, rows(36), epochs=2, resume=folder / strategy)
+        found[strategy] = {"weights": again["weights"], "updates": again["updates"]}
+    files = [folder / s / "optimizer.safetensors" for s in ("data_parallel", "zero1")]
+    one, two = (mx.load(str(path)) for path in files)
+    found["equal"] = one.keys() == two.keys() and all(
+        mx.array_equal(one[k], two[k]).item() for k in one
+    )
+    return found
+
+
+@case
+def zero1_thawed(folder):
+    """What is trained changes, so its state is divided anew."""
+    found = []
+    for strategy in ("data_parallel", "zero1"):
+        model = mlp()
+        model.layers[0].freeze()
+        trainer = trainer_of(model, optim.Adam(1e-2), strategy=strategy)
+        found.append(fitted(trainer, rows(24), epochs=3, callbacks=Thaw())["weights"])
+    return found
+
+
+class Thaw(Callback):
+    def on_epoch_begin(self, epoch, logs):
+        if epoch == 1:
+            self.model.layers[0].unfreeze()
+
+
+@case
+def parameter_server(folder):
+    trainer = trainer_of(optimizer=optim.AdamW(1e-2), strategy="parameter_server")
+    run = fitted(trainer, rows(24))
+    return {"run": run, "state": len(tree_flatten(trainer.optimizer.state))}
+
+
+class Weights(Callback):
+    """Notes whether ranks have equal weights after each update."""
+
+    def __init__(self):
+        self.equal = []
+
+    def on_train_batch_end(self, batch, logs):
+        own = [mx.abs(v).sum().item() for _, v in tree_flatten(self.model.parameters())]
+        mine = sum(own)
+        (total,) = self.trainer.communicator.sum([mx.array(mine)])
+        self.equal.append(abs(total.item() - 2 * mine) < 1e-7)
+
+
+@case
+def local_sgd(folder):
+    """20 updates: two meetings, and one at the end."""
+    found = {}
+    for strategy in (LocalSGD(8), DiLoCo(8, 1.0, 0.0), DiLoCo(8)):
+        trainer = trainer_of(optimizer=optim.SGD(0.05), strategy=strategy, batch_size=4)
+        look = Weights()
+        run = fitted(trainer, rows(80), epochs=1, callbacks=look)
+        found[f"{strategy.name}{len(found)}"] = {"weights": run["weights"], "equal": look.equal}
+    return found
+
+
+@case
+def diloco_resumed(folder):
+    """The state of a round is in a checkpoint."""
+    options = {"strategy": DiLoCo(8), "batch_size": 4}
+    trainer = trainer_of(optimizer=optim.SGD(0.05), **options)
+    looked = {}
+
+    class Save(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if batch == 10:
+                self.trainer.save(folder / "inside")
+                looked.update(options["strategy"].state_dict())
+
+    fitted(trainer, rows(80), epochs=1, callbacks=Save())
+    strategy = DiLoCo(8)
+    other = trainer_of(optimizer=optim.SGD(0.05), strategy=strategy, batch_size=4)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_begin(self, batch, logs):
+            seen.update({} if seen else strategy.state_dict())
+
+    fitted(other, rows(80), epochs=1, callbacks=Look(), resume=folder / "inside")
+    names = looked["anchor"].keys()
+    return {
+        "num_updates": [looked["num_updates"], seen["num_updates"]],
+        "names": sorted(names) == sorted(seen["anchor"]) == sorted(seen["velocity"]),
+        "anchor": all(mx.array_equal(looked["anchor"][n], seen["anchor"][n]).item() for n in names),
+        "velocity": all(
+            mx.array_equal(looked["velocity"][n], seen["velocity"][n]).item() for n in names
+        ),
+        "step": other.step,
+    }
+
+
+@case
+def desync(folder):
+    class Flip(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if RANK == 1 and self.trainer.step == 7:
+                weight = self.model.layers[2].weight
+                words = weight.view(mx.uint32)
+                words[1, 3] = words[1, 3] ^ mx.array(1, mx.uint32)
+                self.model.layers[2].weight = words.view(mx.float32)
+
+    trainer = trainer_of(optimizer=optim.SGD(0.01), sync=SyncPolicy(check_every=5))
+    error = error_of(lambda: fitted(trainer, epochs=3, callbacks=Flip()))
+    return error | {"steps": trainer.step}
 
 
 # --- evaluation and prediction --------------------------------------------------------------------
