@@ -1,6 +1,7 @@
 """Training on several processes and machines: strategies, and how ranks exchange gradients."""
 
 from mlx_fit.distributed.local import DiLoCo, LocalSGD
+from mlx_fit.distributed.sharded_optimizer import ShardedOptimizer
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.distributed.sync import SyncPolicy
 from mlx_fit.distributed.synchronous import DataParallel, ParameterServer, Zero1
@@ -12,6 +13,7 @@ __all__ = [
     "DistributedTrainer",
     "LocalSGD",
     "ParameterServer",
+    "ShardedOptimizer",
     "Strategy",
     "SyncPolicy",
     "Zero1",
