@@ -40,21 +40,6 @@ class Images(torch.utils.data.Dataset):
         return self.x[index].astype(np.float32) / 255, int(self.y[index])
 
 
-class Tokens(torch.utils.data.Dataset):
-    """Lists of tokens; ``with_mask`` adds what BucketBatches wants."""
-
-    def __init__(self, rows: list[list[int]], with_mask: bool = False) -> None:
-        self.rows = rows
-        self.with_mask = with_mask
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> list[int] | tuple[list[int], list[int]]:
-        row = self.rows[index]
-        return (row, [1] * len(row)) if self.with_mask else row
-
-
 class SlowRows(torch.utils.data.Dataset):
     """Rows that keep Python busy for about a millisecond each."""
 
@@ -83,6 +68,17 @@ def padded(rows: list[list[int]]) -> np.ndarray:
 
 def padded_tensor(rows: list[list[int]]) -> torch.Tensor:
     return torch.from_numpy(padded(rows))
+
+
+def text_tensors(rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """What a batch of ours holds: tokens, targets, weights, segments."""
+    shape = len(rows), max(len(tokens) for tokens, _ in rows)
+    tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    weights = np.zeros(shape, np.float32)
+    for position, (row, mask) in enumerate(rows):
+        tokens[position, : len(row)], targets[position, : len(row) - 1] = row, row[1:]
+        weights[position, : len(row) - 1], segments[position, : len(row)] = mask[1:], 1
+    return [torch.from_numpy(part) for part in (tokens, targets, weights, segments)]
 
 
 def milliseconds(loader: Iterable[object]) -> float:
@@ -153,27 +149,30 @@ def main() -> None:
         return DataLoader(MapBatches((x, y), scaled), BATCH_SIZE, shuffle=True, seed=0)
 
     def tokens() -> Iterable:
-        return DataLoader(Tokens(rows), BATCH_SIZE, shuffle=True, seed=0, collate_fn=padded)
+        return DataLoader(rows, BATCH_SIZE, shuffle=True, seed=0, collate_fn=padded)
 
-    bucketed = BucketBatches(Tokens(rows, with_mask=True), BATCH_SIZE, seed=0)
+    masked = [(row, [1] * len(row)) for row in rows]
+    bucketed = BucketBatches(masked, BATCH_SIZE, seed=0)
     print("| a batch of | ours, ms | torch, ms | torch / ours |")
     print("|---|---|---|---|")
     for num in (0, 2):
         with_workers = f"torch with {num} workers"
+        options = {"num_workers": num, "persistent_workers": num > 0}
         compare(
             f"60,000 images in memory, by MapBatches; {with_workers}",
             images,
-            lambda num=num: torch_loader(Images(x, y), num_workers=num, persistent_workers=num > 0),
+            lambda options=options: torch_loader(Images(x, y), **options),
         )
-        for name, ours in (("BucketBatches", lambda: bucketed), ("the same collate_fn", tokens)):
+        for name, ours, data, collate in (
+            ("BucketBatches, torch makes the same four arrays", None, masked, text_tensors),
+            ("BucketBatches, torch makes the tokens alone", None, rows, padded_tensor),
+            ("the same collate_fn in both", tokens, rows, padded_tensor),
+        ):
             compare(
-                f"100,000 token lists, by {name}; {with_workers}",
-                ours,
-                lambda num=num: torch_loader(
-                    Tokens(rows),
-                    num_workers=num,
-                    persistent_workers=num > 0,
-                    collate_fn=padded_tensor,
+                f"100,000 token lists, {name}; {with_workers}",
+                ours or (lambda: bucketed),
+                lambda options=options, data=data, collate=collate: torch_loader(
+                    data, collate_fn=collate, **options
                 ),
             )
         compare(

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_fit.checks import natural
 from mlx_fit.communicator import ALONE
 from mlx_fit.data.arrays import is_array
+from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
 from mlx_fit.data.split import split_over
@@ -43,11 +44,9 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
             f"fit(model, loader) got the model {type(train).__name__}, as Lightning's fit does; "
             "here the trainer has its model. Write Trainer(model, optimizer, ...).fit(loader, val)."
         )
-    if callable(getattr(train, "train_dataloader", None)):
-        raise ConfigurationError(
-            f"fit got a {type(train).__name__}, which makes loaders. Write "
-            "train, val = mlx_fit.lightning.loaders(datamodule), then fit(train, val)."
-        )
+    if is_data_module(train):
+        train, own = fit_loaders(train)
+        val = own if val is None else val
     if is_array(train) and is_array(val):
         raise ConfigurationError(
             "fit(x, y) got two arrays: the second argument is validation data. Write "
@@ -96,10 +95,19 @@ def check_trainer(
 
 
 def evaluation_source(
-    data: Any, batch_size: int, name: str = "data", ranks: Communicator = ALONE
+    data: Any,
+    batch_size: int,
+    name: str = "data",
+    ranks: Communicator = ALONE,
+    stage: str = "test",
 ) -> Source:
-    """Data for evaluation or prediction: in order, never shuffled."""
+    """Data for evaluation or prediction: in order, never shuffled.
+
+    ``stage`` is what a data module is asked for: ``"validate"``, ``"test"`` or ``"predict"``.
+    """
     size = natural("batch_size", batch_size, 1)
+    if is_data_module(data):
+        data = loader_for(data, stage)
     source = as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
     return split_over(source, ranks)
 
@@ -125,7 +133,10 @@ def validation_sets(
     steps = schedule.validation_steps
     return {
         name: Replay(
-            evaluation_source(data, batch_size, f"val[{name!r}]" if name else "val", ranks), steps
+            evaluation_source(
+                data, batch_size, f"val[{name!r}]" if name else "val", ranks, stage="validate"
+            ),
+            steps,
         )
         for name, data in sets.items()
     }

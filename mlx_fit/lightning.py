@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.data.data_module import fit_loaders
+from mlx_fit.errors import ConfigurationError
 from mlx_fit.trainer import Trainer
 
 __all__ = ["LightningModule", "lightning_trainer", "loaders"]
@@ -229,7 +230,7 @@ def _explained(step: Any, batch: Any) -> Any:
 
 
 def loaders(datamodule: Any) -> tuple[Any, Any]:
-    """The training and validation loaders of a Lightning data module, for ``fit``.
+    """The training and validation loaders of a Lightning data module, which ``fit`` takes itself.
 
     Calls ``prepare_data()``, ``setup("fit")``, ``train_dataloader()`` and ``val_dataloader()``,
     those that it has. Several validation loaders become a dict of sets.
@@ -243,20 +244,4 @@ def loaders(datamodule: Any) -> tuple[Any, Any]:
     Raises:
         DataError: it has no ``train_dataloader``.
     """
-    if not callable(getattr(datamodule, "train_dataloader", None)):
-        raise DataError(
-            f"datamodule is a {type(datamodule).__name__} without train_dataloader(); give fit a "
-            "loader as it is."
-        )
-    for name, arguments in (("prepare_data", ()), ("setup", ("fit",))):
-        if callable(method := getattr(datamodule, name, None)):
-            method(*arguments)
-    validate = getattr(datamodule, "val_dataloader", None)
-    val = validate() if callable(validate) else None
-    if isinstance(val, (list, tuple)):
-        val = (
-            {str(number): loader for number, loader in enumerate(val)}
-            if len(val) > 1
-            else (val[0] if val else None)
-        )
-    return datamodule.train_dataloader(), val
+    return fit_loaders(datamodule)

@@ -359,7 +359,7 @@ class Trainer(Stateful):
         verbose: int | str = "auto",
     ) -> Iterator[Any]:
         """Like :meth:`predict`, batch by batch: memory for one batch of outputs only."""
-        source = evaluation_source(data, *self._evaluated(batch_size))
+        source = evaluation_source(data, *self._evaluated(batch_size), stage="predict")
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
         callback_list = CallbackList(watchers, self, params, self._is_first)

@@ -169,8 +169,33 @@ def test_a_data_module_gives_its_loaders(num_val, keys, data):
     assert any(key.startswith("val") for key in history.history) == (num_val > 0)
 
 
-def test_a_data_module_given_to_fit_is_told_the_right_call(data):
-    with pytest.raises(ConfigurationError, match=r"lightning\.loaders"):
-        lightning_trainer(Classifier()).fit(DataModule(data))
-    with pytest.raises(DataError, match="train_dataloader"):
+def test_a_data_module_goes_into_fit_as_it_is(data):
+    module = DataModule(data)
+    found = lightning_trainer(Classifier()).fit(module, epochs=2, verbose=0).history
+    assert module.calls == ["prepare", "fit"]
+    assert len(found["val_loss"]) == 2
+    given = lightning_trainer(Classifier()).fit(module, {"a": [data], "b": module}, verbose=0)
+    assert {"val_a_loss", "val_b_loss"} <= set(given.history)
+    assert module.calls[-2:] == ["prepare", "validate"]
+
+
+def test_a_data_module_is_evaluated_and_predicted_from(data):
+    class Module(DataModule):
+        def test_dataloader(self):
+            return [[data, data]]
+
+    trainer = lightning_trainer(Classifier())
+    module = Module(data)
+    assert trainer.evaluate(module, verbose=0) == trainer.evaluate([data, data], verbose=0)
+    # There is no predict_dataloader: validation's loader.
+    np.testing.assert_array_equal(trainer.predict(module, verbose=0), trainer.predict([data]))
+    assert module.calls == ["prepare", "test", "prepare", "predict"]
+
+
+def test_what_makes_no_loader_is_told(data):
+    with pytest.raises(DataError, match=r"no train_dataloader\(\)"):
         loaders([data])
+    with pytest.raises(DataError, match="DataModule gives no loader to test with"):
+        lightning_trainer(Classifier()).evaluate(DataModule(data, num_val=0))
+    with pytest.raises(DataError, match="gives 2 loaders; evaluate them one by one"):
+        lightning_trainer(Classifier()).evaluate(DataModule(data, num_val=2))

@@ -1,6 +1,6 @@
 """What loaders of token batches share: epochs, position, state.
 
-Imports layer 2: data.shares, text.items.
+Imports layer 2: data.shares, text.items, text.tokens.
 """
 
 from __future__ import annotations
@@ -18,39 +18,61 @@ from mlx_fit.checks import natural
 from mlx_fit.data.order import ORDER_VERSION
 from mlx_fit.data.shares import Splittable
 from mlx_fit.errors import ResumeError
-from mlx_fit.text.items import item, lengths_of
+from mlx_fit.text.items import flat, item, lengths_of
+from mlx_fit.text.tokens import TokenStore
 
-__all__ = ["Piece", "TokenBatches", "text_batch"]
-
-#: A part of a document: its row in the data set, its first token, how many.
-Piece = tuple[int, int, int]
+__all__ = ["TokenBatches", "text_batch"]
 
 
-def text_batch(dataset: Any, rows: list[list[Piece]], width: int) -> TextBatch:
+def text_batch(
+    rows: TokenStore | Any, pieces: np.ndarray, row_of: np.ndarray, shape: tuple[int, int]
+) -> TextBatch:
     """The batch whose rows hold these pieces, one after the other.
 
     Args:
-        dataset: with items ``(tokens, mask)``.
-        rows: for each row its pieces; ``width`` tokens together at most.
-        width: length of the rows.
+        rows: the documents, flat, or a data set of items ``(tokens, mask)``.
+        pieces: parts of documents, int64 of shape ``(pieces, 3)``: the number of the document, the
+            piece's first token, how many.
+        row_of: the row of the batch for each piece, ascending; int64 of shape ``(pieces,)``.
+        shape: rows and width of the batch.
     """
-    shape = (len(rows), width)
+    if isinstance(rows, TokenStore):
+        ids, mask, lengths = rows.tokens, rows.mask, pieces[:, 2]
+        begins = rows.offsets[pieces[:, 0]] + pieces[:, 1]
+    else:
+        ids, mask, lengths = _read(rows, pieces)
+        begins = np.cumsum(lengths) - lengths
+    # The pieces of all rows, one after the other, are the places before each row's padding.
+    before = np.cumsum(lengths) - lengths
+    source = np.repeat(begins - before, lengths)
+    source += np.arange(len(source))
+    widths = np.bincount(row_of, lengths, shape[0]).astype(np.int64)
+    is_filled = np.arange(shape[1]) < widths[:, None]
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    for row, pieces in enumerate(rows):
-        start = 0
-        for number, (index, first, length) in enumerate(pieces, 1):
-            ids, mask = item(dataset, index)
-            ids, mask = ids[first : first + length], mask[first : first + length]
-            end = start + len(ids)
-            tokens[row, start:end] = ids
-            # By position, not by token: an EOS that is also the padding token is still learned.
-            last = max(end - 1, start)
-            targets[row, start:last] = ids[1:]
-            weights[row, start:last] = mask[1:] != 0
-            segments[row, start:end] = number
-            start = end
+    counts, weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    tokens[is_filled] = ids.take(source)
+    counts[is_filled] = mask.take(source)
+    # By position, not by token: an EOS that is also the padding token is still learned.
+    targets[:, :-1], weights[:, :-1] = tokens[:, 1:], counts[:, 1:]
+    segments = is_filled.astype(np.int32)
+    if (row_of[1:] == row_of[:-1]).any():  # documents share a row
+        firsts = np.searchsorted(row_of, row_of)
+        segments[is_filled] = np.repeat(np.arange(1, len(pieces) + 1) - firsts, lengths)
+        # Where a piece ends, what follows is another document's.
+        targets[:, :-1] *= segments[:, 1:] == segments[:, :-1]
+        weights[:, :-1] *= segments[:, 1:] == segments[:, :-1]
     return TextBatch(tokens, targets, weights, segments)
+
+
+def _read(dataset: Any, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and masks of the pieces, one after the other, and their lengths."""
+    ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+    for index, first, length in pieces.tolist():
+        tokens, mask = item(dataset, index)
+        ids.append(tokens[first : first + length])
+        masks.append(mask[first : first + length] != 0)
+    lengths = np.array([len(part) for part in ids[1:]], np.int64)
+    return np.concatenate(ids), np.concatenate(masks), lengths
 
 
 @dataclass
@@ -86,6 +108,8 @@ class TokenBatches(Splittable):
         self.dataset = dataset
         self.batch_size = natural("batch_size", batch_size, 1)
         self.lengths = lengths_of(dataset)
+        store = flat(dataset)
+        self._rows = dataset if store is None else store
         self.seed = int.from_bytes(os.urandom(4), "big") if seed is None else natural("seed", seed)
         self.draws_seed = seed is None
         self._position = _Position(epoch=0, batches_consumed=0)
@@ -97,8 +121,8 @@ class TokenBatches(Splittable):
         """What each batch of the epoch is made of."""
 
     @abstractmethod
-    def _batch(self, planned: Any) -> TextBatch:
-        """One batch of a plan."""
+    def _pieces_of(self, planned: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        """What one batch of a plan holds: the pieces, row and shape of :func:`text_batch`."""
 
     @abstractmethod
     def _set_up(self) -> dict[str, Any]:
@@ -174,7 +198,7 @@ class TokenBatches(Splittable):
     def _read(self, position: _Position) -> Iterator[TextBatch]:
         epoch = position.epoch
         for planned in self._plan_of(epoch)[position.batches_consumed :]:
-            batch = self._batch(planned)
+            batch = text_batch(self._rows, *self._pieces_of(planned))
             position.batches_consumed += 1
             yield batch
         # An old iterator that ends late must not move a loader that has gone elsewhere.

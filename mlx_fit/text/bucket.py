@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fit.batch import TextBatch
 from mlx_fit.checks import boolean, natural
 from mlx_fit.data.order import order
-from mlx_fit.text.batches import TokenBatches, text_batch
+from mlx_fit.text.batches import TokenBatches
 from mlx_fit.text.planning import bucketed, choose_grid
 
 __all__ = ["BucketBatches"]
@@ -78,12 +77,10 @@ class BucketBatches(TokenBatches):
         first = [widest] if widest is largest else [widest, largest]
         return first + [batch for batch in planned if batch is not widest and batch is not largest]
 
-    def _batch(self, planned: Any) -> TextBatch:
-        rows, width = planned
-        pieces = [[(int(index), 0, int(self.lengths[index]))] for index in rows]
-        if self._fills:
-            pieces += [[] for _ in range(self.batch_size - len(pieces))]
-        return text_batch(self.dataset, pieces, width)
+    def _pieces_of(self, planned: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        rows, width = np.asarray(planned[0]), planned[1]
+        pieces = np.stack([rows, np.zeros_like(rows), self.lengths[rows]], axis=1)
+        return pieces, np.arange(len(rows)), (self.batch_size if self._fills else len(rows), width)
 
     def _set_up(self) -> dict[str, Any]:
         return {"max_shapes": self.max_shapes, "shuffle": self.shuffle}

@@ -78,6 +78,7 @@ class TextDataset:
     Attributes:
         format: the format of the rows.
         lengths: tokens of each row, int64 of shape ``(rows,)``.
+        store: all rows' tokens and masks as flat arrays.
 
     Raises:
         DataError: a bad row, with ``path``, ``line``, ``column``, ``field`` and ``index``; no rows
@@ -136,29 +137,29 @@ class TextDataset:
             key = json.dumps([_VERSION, options, self._renamed, type(rows).__name__, rows.digest()])
             folder = Path(cache_dir) / _digest(key + encoder.fingerprint())
         cached = load(folder) if folder else None
-        self._store = cached or self._read(rows, encoder, train_on, on_error, folder)
+        self.store = cached or self._read(rows, encoder, train_on, on_error, folder)
         self._tallies = {
-            name: Tally(**facts) for name, facts in self._store.facts["tallies"].items()
+            name: Tally(**facts) for name, facts in self.store.facts["tallies"].items()
         }
-        self.lengths = np.diff(self._store.offsets)
+        self.lengths = np.diff(self.store.offsets)
         self._log()
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self.store)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Row ``index``: tokens, int32, and mask, uint8, 1 at targets, both ``(tokens,)``."""
-        return self._store[range(len(self))[index]]  # counts negative indices, raises IndexError
+        return self.store[range(len(self))[index]]  # counts negative indices, raises IndexError
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return map(self._store.__getitem__, range(len(self)))
+        return map(self.store.__getitem__, range(len(self)))
 
     def __repr__(self) -> str:
-        return f"TextDataset({self.name}, {len(self)} rows, {len(self._store.tokens)} tokens)"
+        return f"TextDataset({self.name}, {len(self)} rows, {len(self.store.tokens)} tokens)"
 
     def row_name(self, index: int) -> str:
         """What row ``index`` is called where it was read: ``"train.jsonl, line 17"``."""
-        number = int(self._store.numbers[index])
+        number = int(self.store.numbers[index])
         return f"{self.name}, line {number}" if self._unit == "line" else f"row {number}"
 
     def report(self, batch_size: int = 32, max_shapes: int = 32) -> TextReport:
@@ -173,7 +174,7 @@ class TextDataset:
         return make_report(
             name=self.name,
             unit=self._unit,
-            store=self._store,
+            store=self.store,
             tallies=self._tallies,
             batch_size=natural("batch_size", batch_size, 1),
             max_shapes=natural("max_shapes", max_shapes, 1),
@@ -276,7 +277,7 @@ class TextDataset:
         if lost:
             import logging  # slow to import, and seldom needed
 
-            lines = [f"{self.name}: {len(self)} of {self._store.facts['num_rows']} rows"]
+            lines = [f"{self.name}: {len(self)} of {self.store.facts['num_rows']} rows"]
             lines += [_loss(name, t, self._unit) for name, t in self._tallies.items() if t.count]
             logging.getLogger("mlx_fit.text").warning("; ".join(lines))
 

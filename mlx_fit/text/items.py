@@ -1,4 +1,7 @@
-"""Items ``(tokens, mask)`` of any data set, checked, and their lengths."""
+"""Items ``(tokens, mask)`` of any data set, checked, and their lengths.
+
+Imports layer 2: text.tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.text.tokens import TokenStore
 
-__all__ = ["TokenRows", "item", "lengths_of", "row_name"]
+__all__ = ["FlatRows", "TokenRows", "flat", "item", "lengths_of", "row_name"]
 
 
 @runtime_checkable
@@ -19,6 +23,32 @@ class TokenRows(Protocol):
 
     def row_name(self, index: int) -> str:
         """What row ``index`` is called where it was read."""
+
+
+@runtime_checkable
+class FlatRows(Protocol):
+    """A data set whose rows lie one after the other in flat arrays."""
+
+    store: TokenStore
+
+
+def flat(dataset: Any) -> TokenStore | None:
+    """The flat arrays from which batches can be cut at once; None where items must be asked for.
+
+    A list is in memory already, and becomes arrays here, which are smaller.
+
+    Raises:
+        DataError: a row of a list is not ``(tokens, mask)``.
+    """
+    if isinstance(dataset, FlatRows):
+        return dataset.store
+    if not isinstance(dataset, list | tuple):
+        return None
+    items = [item(dataset, index) for index in range(len(dataset))]
+    offsets = np.cumsum([0, *[len(tokens) for tokens, _ in items]])
+    tokens = np.concatenate([tokens for tokens, _ in items])
+    mask = np.concatenate([mask != 0 for _, mask in items]).astype(np.uint8)
+    return TokenStore(tokens, mask, offsets, np.arange(len(items)), {})
 
 
 def row_name(dataset: Any, index: int) -> str:

@@ -79,8 +79,8 @@ def load(folder: Path) -> TokenStore | None:
             path, dtype = folder / f"{name}.bin", _DTYPES[name]
             if path.stat().st_size != count * dtype.itemsize:
                 return None
-            # An empty file cannot be mapped.
-            arrays[name] = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+            # An empty file cannot be mapped. As plain arrays: indexing a np.memmap is slower.
+            arrays[name] = np.asarray(np.memmap(path, dtype, "r")) if count else np.zeros(0, dtype)
         return TokenStore(**arrays, facts=facts["facts"], folder=folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,6 +1,6 @@
-import gc
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -358,19 +358,20 @@ def test_map_knows_the_epoch_and_repeats_it():
 def test_a_batch_of_arrays_costs_at_most_three_calls(structure, shuffle):
     folder = str(Path(mlx_fit.data.__file__).parent)
     data = structure(np.zeros((1000, 3)), np.arange(1000))
-    iterator, calls = iter(DataLoader(data, batch_size=4, shuffle=shuffle)), []
+    # No thread: on a busy machine a batch may take so long that one is tried.
+    loader = DataLoader(data, batch_size=4, shuffle=shuffle, prefetch_factor=0)
+    iterator, calls = iter(loader), []
 
     def count(frame, event, _):
         if event == "call" and frame.f_code.co_filename.startswith(folder):
             calls.append(frame.f_code.co_name)
 
     next(iterator)
-    gc.collect()  # or iterators that other tests have left are closed, and counted, in between
     sys.setprofile(count)
     for _ in range(100):
         next(iterator)
     sys.setprofile(None)
-    assert len(calls) <= 300
+    assert len(calls) <= 300, Counter(calls)
 
 
 def test_going_far_ahead_reads_no_row_before():

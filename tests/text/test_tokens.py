@@ -24,7 +24,7 @@ def test_documents_come_back_as_they_were(tmp_path, rng, monkeypatch, flush, in_
     assert [(t.tolist(), m.tolist()) for t, m in map(store.__getitem__, range(40))] == documents
     assert (store.numbers.tolist(), store.facts) == (list(range(0, 80, 2)), {"a": 1})
     assert (store.tokens.dtype, store.mask.dtype) == (np.int32, np.uint8)
-    assert isinstance(store.tokens, np.memmap) == in_files
+    assert isinstance(store.tokens.base, np.memmap) == in_files
 
 
 def test_no_documents_are_a_store_too(tmp_path):
