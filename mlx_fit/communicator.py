@@ -5,7 +5,7 @@ Every function here that takes a communicator is collective: all ranks call it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -124,23 +124,29 @@ def first_alone(ranks: Communicator, act: Callable[[], T], step: int = 0) -> T:
     return found[0]
 
 
-def check_same(ranks: Communicator, what: str, value: Any) -> None:
+def check_same(ranks: Communicator, settings: Mapping[str, Any]) -> None:
     """Raise on all ranks unless they have equal plain values.
 
+    Args:
+        ranks: the ranks.
+        settings: what a value is, for the message -> the value.
+
     Raises:
-        ConfigurationError: names the first rank that differs from rank 0, and both values.
+        ConfigurationError: names the first that differs, and both values.
     """
     if ranks.size == 1:
         return
-    found = gather(ranks, value)
+    found = gather(ranks, {what: repr(value) for what, value in settings.items()})
     for rank, other in enumerate(found):
-        if other != found[0]:
-            error = ConfigurationError(
-                f"{what} is {found[0]!r} on rank 0 and {other!r} on rank {rank}; all ranks need "
-                "the same."
-            )
-            ranks.knows(error)
-            raise error
+        if other == found[0]:
+            continue
+        what = next((k for k in [*found[0], *other] if found[0].get(k) != other.get(k)), "order")
+        error = ConfigurationError(
+            f"{what} is {found[0].get(what, 'missing')} on rank 0 and "
+            f"{other.get(what, 'missing')} on rank {rank}; all ranks need the same."
+        )
+        ranks.knows(error)
+        raise error
 
 
 def joined_rows(ranks: Communicator, tree: Any) -> Any:

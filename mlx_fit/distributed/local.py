@@ -23,6 +23,7 @@ class _Averaging(Strategy):
         self.name = name
         self.keeps_equal = False
         self.every = natural(f"{type(self).__name__}: every", every, 1)
+        self.options = {"every": every, "outer_learning_rate": rate, "outer_momentum": momentum}
         self._rate = rate
         self._momentum = momentum
         self._buckets = Buckets(SyncPolicy())
@@ -32,6 +33,7 @@ class _Averaging(Strategy):
 
     def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
         """Every rank has an optimizer of its own."""
+        self._num_updates, self._anchor, self._velocity = 0, {}, {}
         self._buckets = buckets
         return optimizer
 

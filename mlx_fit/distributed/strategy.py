@@ -21,10 +21,12 @@ class Strategy(ABC):
 
     Attributes:
         name: what a trainer's ``strategy=`` calls it.
+        options: its arguments, which all ranks need alike.
         keeps_equal: whether all ranks have equal weights after every update.
     """
 
     name: str
+    options: dict[str, Any]
     keeps_equal: bool
 
     @abstractmethod

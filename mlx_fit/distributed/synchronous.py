@@ -35,6 +35,7 @@ class _Synchronous(Strategy):
         self, name: str, divide: Callable[[Any], Callable[[Sizes, int], Partition]] | None
     ) -> None:
         self.name = name
+        self.options = {}
         self.keeps_equal = True
         self._divide = divide
         self._buckets = Buckets(SyncPolicy())

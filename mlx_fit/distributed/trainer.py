@@ -101,9 +101,9 @@ class DistributedTrainer(Trainer):
         with reporting(ring):
             check_plan(ring, plan_of(model))
             settings = self._arguments | {"batch_size": self.batch_size, "uneven": uneven}
-            settings |= {"strategy": chosen.name, "sync": vars(policy), "seed": self._seed}
-            for name, value in settings.items():
-                check_same(ring, f"DistributedTrainer's {name}", value)
+            settings |= {"strategy": chosen.name, "sync": policy, "seed": self._seed}
+            settings |= chosen.options | self._setup.settings
+            check_same(ring, {f"DistributedTrainer's {k}": v for k, v in settings.items()})
             self._order_seed = of_first(ring, self._order_seed)
             self._make_exchange = partial(Windows, ring, chosen, policy.check_every)
             self._align = partial(self._start_alike, ring)

@@ -616,6 +616,20 @@ def desync(folder):
     return error | {"steps": trainer.step}
 
 
+@case
+def other_arguments(folder):
+    return [
+        error_of(lambda: trainer_of(batch_size=12 + RANK)),
+        error_of(lambda: trainer_of(strategy=LocalSGD(8 + RANK))),
+        error_of(lambda: fitted(trainer_of(), epochs=2 + RANK)),
+        error_of(lambda: fitted(trainer_of(), rows(40 + RANK))),
+        error_of(lambda: trainer_of(optimizer=optim.SGD(0.1 + RANK))),
+        error_of(
+            lambda: trainer_of(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16 + RANK, 4)))
+        ),
+    ]
+
+
 # --- evaluation and prediction --------------------------------------------------------------------
 
 

@@ -22,7 +22,12 @@ SAME_AS_ONE = [
     *("epochs_of_steps", "early_stopping", "nan_skipped", "nan_raises", "buckets"),
     *("evaluation", "prediction"),
 ]
-OF_TWO = [n for n in rank_cases.CASES if n not in rank_cases.ENDING and n != "elastic"]
+OF_TWO = [
+    *SAME_AS_ONE,
+    *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
+    *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
+    *("one_sum_an_update", "half_precision_sums", "own_lists", "files", "full_disk"),
+]
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
 
 
