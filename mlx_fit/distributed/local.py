@@ -14,6 +14,7 @@ from mlx_fit.distributed.buckets import Buckets, Named
 from mlx_fit.distributed.ring import Ring
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.distributed.sync import SyncPolicy
+from mlx_fit.errors import ConfigurationError
 
 
 class _Averaging(Strategy):
@@ -30,6 +31,16 @@ class _Averaging(Strategy):
         self._num_updates = 0  # since the ranks were equal
         self._anchor: Named = {}  # the weights of then
         self._velocity: Named = {}
+
+    def check(self, sync: SyncPolicy) -> None:
+        """Weights are exchanged, not gradients, and differ between the exchanges."""
+        for name in ("reduce_dtype", "compress", "check_every"):
+            if getattr(sync, name):
+                raise ConfigurationError(
+                    f"SyncPolicy({name}={getattr(sync, name)!r}) does nothing with "
+                    f"strategy={self.name!r}, which averages weights in float32 every {self.every} "
+                    "updates. Leave it out, or use strategy='data_parallel'."
+                )
 
     def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
         """Every rank has an optimizer of its own."""
@@ -96,7 +107,7 @@ class _Averaging(Strategy):
         self._velocity[name] = velocity
         return before - self._rate * (moved + self._momentum * velocity)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, ring: Ring) -> dict[str, Any]:
         """Updates since the ranks were equal, the weights of then, and the outer momentum."""
         return {
             "num_updates": self._num_updates,
@@ -104,7 +115,7 @@ class _Averaging(Strategy):
             "velocity": dict(self._velocity),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], ring: Ring) -> None:
         """Go on inside a round; what each rank had done in it is rank 0's."""
         self._num_updates = state["num_updates"]
         self._anchor, self._velocity = dict(state["anchor"]), dict(state["velocity"])

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_fit.distributed.buckets import Buckets, Named
 from mlx_fit.distributed.ring import Ring
+from mlx_fit.distributed.sync import SyncPolicy
 
 
 class Strategy(ABC):
@@ -28,6 +29,10 @@ class Strategy(ABC):
     name: str
     options: dict[str, Any]
     keeps_equal: bool
+
+    @abstractmethod
+    def check(self, sync: SyncPolicy) -> None:
+        """Raise if the strategy cannot do what a sync policy asks for."""
 
     @abstractmethod
     def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
@@ -60,9 +65,9 @@ class Strategy(ABC):
         """The fit ends: all ranks get equal weights."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold of it: plain values and arrays, the same on all ranks."""
+    def state_dict(self, ring: Ring) -> dict[str, Any]:
+        """What a checkpoint must hold of it: plain values and arrays. Collective."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], ring: Ring) -> None:
         """Take back what :meth:`state_dict` gave."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_fit.checks import natural, number
+from mlx_fit.distributed.compress import compressor_of
 from mlx_fit.errors import ConfigurationError
 
 REDUCE_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -19,6 +20,8 @@ class SyncPolicy:
     Args:
         reduce_dtype: None sums gradients in float32. ``"bfloat16"`` or ``"float16"`` sends half
             the bytes; weights of batches, losses and metrics are summed in float32 all the same.
+        compress: None, ``"int8"`` (a quarter of the bytes) or ``"powersgd:4"`` (a matrix as the
+            product of two with 4 columns). What one update cannot send goes with the next.
         bucket_mb: gradients are joined to messages of about so many MiB. 0 sends each by itself.
         timeout: seconds that a rank waits for the others before the run ends in an error.
         init_timeout: seconds that it waits for them to start.
@@ -33,6 +36,7 @@ class SyncPolicy:
     """
 
     reduce_dtype: str | None = None
+    compress: str | None = None
     bucket_mb: float = 32
     timeout: float = 60
     init_timeout: float = 60
@@ -43,6 +47,12 @@ class SyncPolicy:
             raise ConfigurationError(
                 f"SyncPolicy(reduce_dtype={self.reduce_dtype!r}); expected None, "
                 f"{' or '.join(map(repr, REDUCE_DTYPES))}."
+            )
+        compressor_of(self.compress)
+        if self.compress is not None and self.reduce_dtype is not None:
+            raise ConfigurationError(
+                "SyncPolicy: compress and reduce_dtype both say in what gradients are sent; give "
+                "one of them."
             )
         number("SyncPolicy: bucket_mb", self.bucket_mb, 0.0)
         for name in ("timeout", "init_timeout"):

@@ -41,6 +41,9 @@ class _Synchronous(Strategy):
         self._buckets = Buckets(SyncPolicy())
         self._spread: SpreadOptimizer | None = None
 
+    def check(self, sync: SyncPolicy) -> None:
+        """Every policy will do."""
+
     def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
         """The user's optimizer, or one that has this rank's part of its state."""
         self._buckets = buckets
@@ -69,12 +72,15 @@ class _Synchronous(Strategy):
     def finish(self, ring: Ring, model: nn.Module) -> None:
         """Nothing: the ranks are equal."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: weights and optimizer say it all."""
-        return {}
+    def state_dict(self, ring: Ring) -> dict[str, Any]:
+        """What compression has yet to send; weights and optimizer say all else."""
+        compressor = self._buckets.compressor
+        return {} if compressor is None else compressor.state_dict(ring)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+    def load_state_dict(self, state: dict[str, Any], ring: Ring) -> None:
+        """Send it later."""
+        if self._buckets.compressor is not None and state:
+            self._buckets.compressor.load_state_dict(state, ring)
 
 
 class DataParallel(_Synchronous):

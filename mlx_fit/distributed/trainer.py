@@ -91,6 +91,7 @@ class DistributedTrainer(Trainer):
         if uneven not in UNEVEN:
             raise ConfigurationError(f"uneven={uneven!r}; expected 'join' or 'stop'.")
         chosen = strategy_of(strategy)
+        chosen.check(policy)
         super().__init__(model, optimizer, loss, metrics, **options)
         self.rank, self.size = rank_and_size()
         if self.size == 1:
@@ -109,8 +110,8 @@ class DistributedTrainer(Trainer):
             self._align = partial(self._start_alike, ring)
             self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
             self._setup = OptimizerSetup(self.optimizer)
-            if not chosen.keeps_equal:
-                self._own_callbacks = [StrategyState(chosen)]
+            if policy.compress is not None or not chosen.keeps_equal:
+                self._own_callbacks = [StrategyState(chosen, ring)]
             align(ring, {"The weights": model.state})
 
     def _start_alike(self, ring: Any) -> None:

@@ -34,6 +34,7 @@ from mlx_fit import (
 from mlx_fit.communicator import gather
 from mlx_fit.distributed import DiLoCo, LocalSGD, ShardedOptimizer
 from mlx_fit.distributed.aligning import digest
+from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.errors import NonFiniteLossError
 
 RANK = int(os.environ.get("MLX_RANK", "0"))
@@ -545,7 +546,7 @@ def diloco_resumed(folder):
         def on_train_batch_end(self, batch, logs):
             if batch == 10:
                 self.trainer.save(folder / "inside")
-                looked.update(options["strategy"].state_dict())
+                looked.update(options["strategy"].state_dict(self.trainer.communicator))
 
     fitted(trainer, rows(80), epochs=1, callbacks=Save())
     strategy = DiLoCo(8)
@@ -554,7 +555,7 @@ def diloco_resumed(folder):
 
     class Look(Callback):
         def on_train_batch_begin(self, batch, logs):
-            seen.update({} if seen else strategy.state_dict())
+            seen.update({} if seen else strategy.state_dict(other.communicator))
 
     fitted(other, rows(80), epochs=1, callbacks=Look(), resume=folder / "inside")
     names = looked["anchor"].keys()
@@ -614,6 +615,55 @@ def desync(folder):
     trainer = trainer_of(optimizer=optim.SGD(0.01), sync=SyncPolicy(check_every=5))
     error = error_of(lambda: fitted(trainer, epochs=3, callbacks=Flip()))
     return error | {"steps": trainer.step}
+
+
+@case
+def compression(folder):
+    """50 sums of gradients that change little by little."""
+    rng = np.random.default_rng(RANK)
+    ring = trainer_of().communicator
+    base = {"w": rng.normal(size=(40, 30)), "b": rng.normal(size=9), "k": rng.normal(size=(2, 2))}
+    found = {}
+    for name in ("int8", "powersgd:2"):
+        buckets = Buckets(SyncPolicy(compress=name))
+        applied, true = ({k: np.zeros(v.shape) for k, v in base.items()} for _ in range(2))
+        first_error, before = None, ring.num_bytes
+        for step in range(50):
+            own = {k: mx.array(v * (1 + 0.01 * step), mx.float32) for k, v in base.items()}
+            sums, _ = buckets.sum(ring, own, {}, 2.0)
+            num_bytes = (ring.num_bytes - before) / (step + 1)
+            for key in base:
+                applied[key] += np.array(sums[key])
+                parts = gather(ring, np.array(own[key]))
+                true[key] += parts[0] + parts[1]
+            before = ring.num_bytes - num_bytes * (step + 1)
+            if first_error is None:
+                first_error = {k: np.abs(applied[k] - true[k]).max() for k in base}
+        found[name] = {
+            "bytes": num_bytes,
+            "first": first_error,
+            "last": {k: float(np.abs(applied[k] - true[k]).max()) for k in base},
+            "size": {k: float(np.abs(true[k]).max() / 50) for k in base},
+            "digest": digest({k: mx.array(v) for k, v in applied.items()}),
+        }
+    return found
+
+
+@case
+def compressed_runs(folder):
+    found = {}
+    for name in (None, "int8", "powersgd:2"):
+        trainer = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+        found[str(name)] = fitted(trainer, rows(96), epochs=6)
+        if name is not None:
+            saved = folder / name.replace(":", "")
+            part = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+            fitted(part, rows(96), epochs=3, checkpoint_dir=saved)
+            rest = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+            found[f"{name} resumed"] = fitted(
+                rest, rows(96), epochs=6, checkpoint_dir=saved, resume=True
+            )
+    return found
 
 
 @case
