@@ -25,7 +25,7 @@ from mlx_fit.callbacks.base import Callback, CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
-from mlx_fit.communicator import Exchange, reporting
+from mlx_fit.communicator import ALONE, Exchange, reporting
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
@@ -377,9 +377,16 @@ class Trainer(Stateful):
         )
 
     def predict_on_batch(self, x: Any) -> Any:
-        """The model's outputs for one batch, ``x`` or ``(x, y)``, as NumPy arrays."""
+        """The model's outputs for one batch, ``x`` or ``(x, y)``, as NumPy arrays.
+
+        Of several ranks only the one that calls it computes; nothing is exchanged.
+        """
         batch = x if isinstance(x, (tuple, list)) else (x,)
-        return next(iter([*self.predict_batches([batch], verbose=0)]))
+        ranks, self.communicator = self.communicator, ALONE
+        try:
+            return next(iter([*self.predict_batches([batch], verbose=0)]))
+        finally:
+            self.communicator = ranks
 
     # --- what it is -------------------------------------------------------------------------------
 

@@ -72,8 +72,9 @@ class SplitSource(Source):
         state = loader.state_dict()
         seed = state.pop("seed", None)
         check_same(self._ranks, {f"{name} of {self.name}": v for name, v in state.items()})
+        first = of_first(self._ranks, seed)
         if loader.draws_seed:
-            loader.seed = of_first(self._ranks, seed)
+            loader.seed = first
         check_same(self._ranks, {f"seed of {self.name}": loader.seed})
 
     def batches(self, epoch: int) -> Iterator[Any]:

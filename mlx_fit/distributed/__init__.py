@@ -4,6 +4,7 @@ from mlx_fit.distributed.local import DiLoCo, LocalSGD
 from mlx_fit.distributed.sharded_optimizer import ShardedOptimizer
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.distributed.sync import SyncPolicy
+from mlx_fit.distributed.sync_monitor import SyncMonitor
 from mlx_fit.distributed.synchronous import DataParallel, ParameterServer, Zero1
 from mlx_fit.distributed.trainer import DistributedTrainer
 
@@ -15,6 +16,7 @@ __all__ = [
     "ParameterServer",
     "ShardedOptimizer",
     "Strategy",
+    "SyncMonitor",
     "SyncPolicy",
     "Zero1",
 ]

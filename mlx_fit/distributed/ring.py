@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
@@ -21,8 +22,11 @@ from mlx_fit.errors import (
     Preempted,
 )
 
+WAITING = "header"  # the phase in which ranks wait for the slowest: its message is small
+
 # Set by mlx.launch and mlx-fit launch, by Open MPI and by MPICH's relatives.
 _RANK_NAMES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_FILE_NAMES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # the ring's, and JACCL's: an entry a rank
 _SIZE_NAMES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -33,8 +37,9 @@ def rank_and_size() -> tuple[int, int]:
         ConfigurationError: the environment makes no sense.
     """
     rank, size = _number(_RANK_NAMES), _number(_SIZE_NAMES)
-    if size is None and (path := os.environ.get("MLX_HOSTFILE")):
-        size = _hosts(path)
+    for name in _FILE_NAMES:
+        if size is None and (path := os.environ.get(name)):
+            size = _hosts(name, path)
     if rank is None:
         return 0, 1
     if size is None or not 0 <= rank < size:
@@ -54,7 +59,7 @@ def _number(names: tuple[str, ...]) -> int | None:
     return int(found)
 
 
-def _hosts(path: str) -> int:
+def _hosts(name: str, path: str) -> int:
     import json
 
     try:
@@ -62,7 +67,7 @@ def _hosts(path: str) -> int:
             return len(json.load(file))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"MLX_HOSTFILE={path!r} is no readable host file: {error}"
+            f"{name}={path!r} is no readable list of hosts in JSON: {error}"
         ) from error
 
 
@@ -79,6 +84,7 @@ class Ring:
         step: the collectives of now belong to it, 1-based.
         num_collectives: issued so far.
         num_bytes: sent into them by this rank so far.
+        seconds: what they have taken so far, by phase.
     """
 
     def __init__(self, group: mx.distributed.Group, plane: Plane, uneven: str) -> None:
@@ -87,6 +93,7 @@ class Ring:
         self.uneven = uneven
         self.num_collectives = 0
         self.num_bytes = 0
+        self.seconds: dict[str, float] = {}
         self._group = group
         self._plane = plane
         self.step = 0
@@ -124,6 +131,7 @@ class Ring:
         mx.eval(array)  # what can fail on this rank alone fails here, where nobody waits yet
         self.num_collectives += 1
         self.num_bytes += array.nbytes
+        start = perf_counter()
         try:
             with self._plane.watching(self.step, phase):
                 # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
@@ -136,6 +144,7 @@ class Ring:
                     f"A collective failed ({phase}, step {self.step}): {error}"
                 ) from error
             raise
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
         return result
 
     def knows(self, error: BaseException) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_fit._tree import RandomState, assign, named_arrays
 from mlx_fit.communicator import Shared, Votes, gather
 from mlx_fit.distributed.desync import check_equal
-from mlx_fit.distributed.ring import Ring
+from mlx_fit.distributed.ring import WAITING, Ring
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.errors import ConfigurationError, DistributedError
 from mlx_fit.logs import Sums
@@ -88,7 +88,7 @@ class Windows:
         head += [part for word in key for part in (word >> 16, word & 0xFFFF)]
         wishes = self.votes.wishes()
         head += wishes
-        (found,) = self._ring.sum([mx.concatenate([mx.array(head), self._logs(sums)])], "header")
+        (found,) = self._ring.sum([mx.concatenate([mx.array(head), self._logs(sums)])], WAITING)
         values: list[float] = found[: len(head)].tolist()  # type: ignore[assignment]
         if values[2] != head[2] * self._ring.size:
             raise DistributedError(
@@ -175,7 +175,8 @@ class Windows:
 
     def _grow(self, sums: Sums) -> mx.array:
         """Agree on more lanes, and on what is in them; then sum once more."""
-        known = gather(self._ring, {"lanes": sums.capacity_in_use, "slices": sums.layout.plain()})
+        own = {"lanes": sums.capacity_in_use, "slices": sums.layout.plain()}
+        known = gather(self._ring, own, "logs")
         self._capacity = max(found["lanes"] for found in known)
         sums.widen(self._capacity)
         slices = [found["slices"] for found in known if found["slices"]]

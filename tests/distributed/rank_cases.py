@@ -5,10 +5,13 @@ The same functions run in one process as well, for the numbers to compare with.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from mlx.utils import tree_flatten
 import mlx_fit
 from mlx_fit import (
     Callback,
+    CausalLM,
     CheckpointPolicy,
     CSVLogger,
     DataLoader,
@@ -28,14 +32,16 @@ from mlx_fit import (
     EarlyStopping,
     JSONLogger,
     ModelCheckpoint,
+    Predictions,
     SyncPolicy,
     TensorBoard,
 )
 from mlx_fit.communicator import gather
-from mlx_fit.distributed import DiLoCo, LocalSGD, ShardedOptimizer
+from mlx_fit.distributed import DiLoCo, LocalSGD, ShardedOptimizer, SyncMonitor
 from mlx_fit.distributed.aligning import digest
 from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.errors import NonFiniteLossError
+from mlx_fit.text import BucketBatches
 
 RANK = int(os.environ.get("MLX_RANK", "0"))
 CASES = {}
@@ -165,6 +171,46 @@ def loader(folder):
 @case
 def epochs_of_steps(folder):
     return fitted(trainer_of(), steps_per_epoch=5, epochs=4)
+
+
+class Bigrams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20)
+
+    def __call__(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+@case
+def language_model(folder):
+    """Batches of tokens by length; each rank draws another seed."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 37)
+    items = [(rng.integers(0, 20, n), rng.integers(0, 2, n)) for n in lengths]
+    mx.random.seed(0)
+    batches = BucketBatches(items, batch_size=8, seed=7 if RANK == 0 else None)
+    trainer = DistributedTrainer(
+        Bigrams(), optim.Adam(1e-2), objective=CausalLM(), clip_norm=1.0, seed=1
+    )
+    return fitted(trainer, batches)
+
+
+@case
+def own_predictions(folder):
+    """One rank alone asks for outputs in the middle of training, and a callback does on rank 0."""
+    x, y = rows(30)
+    shapes = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if RANK == 1:
+                shapes.append(self.trainer.predict_on_batch(x[:3]).shape)
+
+    table = Predictions((x[:4], y[:4]), folder / "board")
+    found = fitted(trainer_of(), (x, y), callbacks=[Look(), table])
+    return {"history": found["history"], "shapes": shapes}
 
 
 # --- what one process has no counterpart of -------------------------------------------------------
@@ -620,27 +666,29 @@ def desync(folder):
 @case
 def compression(folder):
     """50 sums of gradients that change little by little."""
-    rng = np.random.default_rng(RANK)
     ring = trainer_of().communicator
-    base = {"w": rng.normal(size=(40, 30)), "b": rng.normal(size=9), "k": rng.normal(size=(2, 2))}
+    both = []
+    for rank in (0, 1):
+        rng = np.random.default_rng(rank)
+        shapes = {"w": (40, 30), "b": 9, "k": (2, 2)}
+        both.append({key: rng.normal(size=shape) for key, shape in shapes.items()})
+    base = both[RANK]
     found = {}
     for name in ("int8", "powersgd:2"):
         buckets = Buckets(SyncPolicy(compress=name))
         applied, true = ({k: np.zeros(v.shape) for k, v in base.items()} for _ in range(2))
         first_error, before = None, ring.num_bytes
         for step in range(50):
-            own = {k: mx.array(v * (1 + 0.01 * step), mx.float32) for k, v in base.items()}
+            factor = 1 + 0.01 * step
+            own = {k: mx.array(v * factor, mx.float32) for k, v in base.items()}
             sums, _ = buckets.sum(ring, own, {}, 2.0)
-            num_bytes = (ring.num_bytes - before) / (step + 1)
             for key in base:
                 applied[key] += np.array(sums[key])
-                parts = gather(ring, np.array(own[key]))
-                true[key] += parts[0] + parts[1]
-            before = ring.num_bytes - num_bytes * (step + 1)
+                true[key] += (both[0][key] + both[1][key]) * factor
             if first_error is None:
                 first_error = {k: np.abs(applied[k] - true[k]).max() for k in base}
         found[name] = {
-            "bytes": num_bytes,
+            "bytes": (ring.num_bytes - before) / 50,
             "first": first_error,
             "last": {k: float(np.abs(applied[k] - true[k]).max()) for k in base},
             "size": {k: float(np.abs(true[k]).max() / 50) for k in base},
@@ -654,16 +702,54 @@ def compressed_runs(folder):
     found = {}
     for name in (None, "int8", "powersgd:2"):
         trainer = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
-        found[str(name)] = fitted(trainer, rows(96), epochs=6)
+        found[str(name)] = fitted(trainer, rows(48), epochs=4)
         if name is not None:
             saved = folder / name.replace(":", "")
             part = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
-            fitted(part, rows(96), epochs=3, checkpoint_dir=saved)
+            fitted(part, rows(48), epochs=2, checkpoint_dir=saved)
             rest = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
             found[f"{name} resumed"] = fitted(
-                rest, rows(96), epochs=6, checkpoint_dir=saved, resume=True
+                rest, rows(48), epochs=4, checkpoint_dir=saved, resume=True
             )
     return found
+
+
+@case
+def watched(folder):
+    """Rank 1 sleeps before each update."""
+
+    class Sleep(Callback):
+        def on_train_batch_begin(self, batch, logs):
+            if RANK == 1:
+                time.sleep(0.05)
+
+    monitor = SyncMonitor()
+    trainer = trainer_of()
+    fitted(trainer, rows(48), epochs=1)  # everything is compiled
+    before = trainer.communicator.num_collectives
+    trainer.fit(rows(48), verbose=0)
+    plain = trainer.communicator.num_collectives - before
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run = fitted(trainer, rows(48), epochs=2, callbacks=[Sleep(), monitor])
+    before = trainer.communicator.num_collectives
+    trainer.fit(rows(48), verbose=0, callbacks=monitor)
+    return {
+        "wait_ms": run["history"]["sync.wait_ms"],
+        "own_wait_ms": monitor.wait_ms,
+        "straggler": run["history"]["sync.straggler"],
+        "share": run["history"]["sync.share"],
+        "mb": run["history"]["sync.mb"],
+        "printed": printed.getvalue(),
+        "collectives": trainer.communicator.num_collectives - before - plain,
+    }
+
+
+@case
+def out_of_step(folder):
+    trainer = trainer_of()
+    if RANK == 0:
+        return error_of(lambda: trainer.evaluate(rows(12), verbose=0))
+    return error_of(lambda: trainer.save_weights(folder / "w.safetensors"))
 
 
 @case
@@ -730,4 +816,4 @@ if __name__ == "__main__":
     results = {}
     for name in sys.argv[2:]:
         results[name] = CASES[name](folder / name)
-    json.dump(results, sys.stdout)
+    (folder / f"rank{RANK}.json").write_text(json.dumps(results))
