@@ -6,6 +6,7 @@ order: MLX sums whatever arrives, and in another order the sums would be wrong w
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from time import perf_counter
@@ -176,6 +177,7 @@ def connect(size: int, plane: Plane, plan: dict[str, Any], uneven: str) -> Ring:
     """
     check_backend(size)
     plane.join(plan)  # first: MLX's own init would hold the interpreter while it waits
+    atexit.register(plane.close)
     group = mx.distributed.init(strict=True)
     if group.size() != size:
         raise ConfigurationError(

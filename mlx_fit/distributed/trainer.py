@@ -41,7 +41,8 @@ class DistributedTrainer(Trainer):
     All ranks call ``fit``, ``evaluate``, ``predict``, ``save`` and ``load`` together. Rank 0 writes
     files and prints; callbacks run on every rank, with the same values, apart from those that only
     write. A stop that one rank asks for, and a signal to one rank, end all of them after the next
-    update. ``predict_on_batch`` is this rank's own.
+    update. ``predict_on_batch`` is this rank's own. After an error on one rank nothing is saved.
+    What :class:`~mlx_fit.data.MapBatches` draws depends on the rows that a rank gets of a batch.
 
     Args:
         model, optimizer, loss, metrics: as for :class:`Trainer`. Rank 0's weights are used.

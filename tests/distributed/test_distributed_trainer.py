@@ -12,7 +12,7 @@ from rank_cases import mlp, rows, weights
 from ranks import end, run_cases, start
 
 from mlx_fit import DataLoader, DistributedTrainer, SyncPolicy, Trainer
-from mlx_fit.distributed import DataParallel
+from mlx_fit.distributed import DataParallel, SyncMonitor
 from mlx_fit.distributed.windows import folded
 from mlx_fit.errors import ConfigurationError
 
@@ -222,13 +222,19 @@ def test_one_rank_may_predict_a_batch_by_itself(two, tmp_path):
 
 def test_waiting_is_told_from_sending_and_the_slow_rank_is_named(two):
     first, second = two["watched"]
-    assert min(first["wait_ms"]) > 40
+    assert first["own_wait_ms"] > second["own_wait_ms"]  # 50 ms and none, on an idle machine
     assert first["straggler"] == second["straggler"] == [1.0, 1.0]
-    assert first["share"][0] > 0.3
-    assert "waiting for rank 1" in first["printed"]
     assert second["printed"] == ""
     parameters, header, logs = 8 * 16 + 16 + 16 * 4 + 4, 12, 32
     assert first["mb"][1] == pytest.approx(4e-6 * (parameters + header + logs), rel=0.1)
+
+
+def test_the_advice_names_what_takes_the_time():
+    monitor = SyncMonitor()
+    monitor.share, monitor.wait_ms, monitor.transfer_ms, monitor.straggler = 0.4, 30.0, 2.0, 3
+    assert "40% of a step, 30.0 ms of it waiting for rank 3" in monitor.advice()
+    monitor.transfer_ms, monitor.mb = 50.0, 12.5
+    assert "50.0 ms of it sending 12.5 MB" in monitor.advice()
 
 
 def test_watching_sends_no_more_in_a_step(two):
