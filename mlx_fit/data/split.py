@@ -71,10 +71,11 @@ class SplitSource(Source):
         """All ranks read the same batches; a seed that was drawn is rank 0's."""
         state = loader.state_dict()
         seed = state.pop("seed", None)
-        check_same(self._ranks, f"The state of {self.name}, a {type(loader).__name__},", state)
+        check_same(self._ranks, {f"{name} of {self.name}": v for name, v in state.items()})
+        first = of_first(self._ranks, seed)
         if loader.draws_seed:
-            loader.seed = of_first(self._ranks, seed)
-        check_same(self._ranks, f"The seed of {self.name}", loader.seed)
+            loader.seed = first
+        check_same(self._ranks, {f"seed of {self.name}": loader.seed})
 
     def batches(self, epoch: int) -> Iterator[Any]:
         size, rank = self._ranks.size, self._ranks.rank
