@@ -29,6 +29,8 @@ class Alone:
         self.rank = 0
         self.size = 1
         self.uneven = "join"
+        self.balances = False
+        self.rates: tuple[float, ...] | None = None
 
     def gather(self, message: bytes) -> list[bytes]:
         """Its own message."""

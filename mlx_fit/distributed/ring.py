@@ -103,6 +103,7 @@ class Ring:
 
     Attributes:
         rank, size: of the group.
+        balances, rates: as for any communicator; of its owner's making.
         step: the collectives of now belong to it, 1-based.
         num_collectives: issued so far.
         num_bytes: sent into them by this rank so far.
@@ -113,6 +114,8 @@ class Ring:
         self.rank: int = link.group.rank()
         self.size: int = link.group.size()
         self.uneven = uneven
+        self.balances = False
+        self.rates: tuple[float, ...] | None = None
         self.num_collectives = 0
         self.num_bytes = 0
         self.seconds: dict[str, float] = {}

@@ -9,8 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_fit.checks import boolean
 from mlx_fit.communicator import check_same, of_first, reporting
 from mlx_fit.distributed.aligning import align, align_key, check_plan, plan_of
+from mlx_fit.distributed.balance import Balance
 from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.distributed.ring import connect, rank_and_size
 from mlx_fit.distributed.strategies import strategy_of
@@ -51,6 +53,9 @@ class DistributedTrainer(Trainer):
         uneven: for iterables that give some ranks fewer batches than others. ``"join"``: those
             that have ended take part without samples until all have ended. ``"stop"``: all end
             with the first.
+        balance: measure in each epoch how fast the ranks are, and let faster ones read more rows
+            of each batch in the next: results stay the same up to rounding. For data that the
+            trainer splits.
         options: the other arguments of :class:`Trainer`.
 
     Attributes:
@@ -81,6 +86,7 @@ class DistributedTrainer(Trainer):
         strategy: str | Strategy = "data_parallel",
         sync: SyncPolicy | None = None,
         uneven: str = "join",
+        balance: bool = False,
         **options: Any,
     ) -> None:
         policy = SyncPolicy() if sync is None else sync
@@ -90,6 +96,7 @@ class DistributedTrainer(Trainer):
             )
         if uneven not in UNEVEN:
             raise ConfigurationError(f"uneven={uneven!r}; expected 'join' or 'stop'.")
+        boolean("balance", balance)
         chosen = strategy_of(strategy)
         chosen.check(policy)
         super().__init__(model, optimizer, loss, metrics, **options)
@@ -107,7 +114,12 @@ class DistributedTrainer(Trainer):
         with reporting(ring):
             check_plan(ring, plan_of(model))
             settings = self._arguments | {"batch_size": self.batch_size, "uneven": uneven}
-            settings |= {"strategy": chosen.name, "sync": policy, "seed": self._seed}
+            settings |= {
+                "balance": balance,
+                "strategy": chosen.name,
+                "sync": policy,
+                "seed": self._seed,
+            }
             settings |= chosen.options | self._setup.settings
             check_same(ring, {f"DistributedTrainer's {k}": v for k, v in settings.items()})
             self._order_seed = of_first(ring, self._order_seed)
@@ -116,7 +128,10 @@ class DistributedTrainer(Trainer):
             self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
             self._setup = OptimizerSetup(self.optimizer)
             if policy.compress is not None or not chosen.keeps_equal:
-                self._own_callbacks = [StrategyState(chosen, ring)]
+                self._own_callbacks.append(StrategyState(chosen, ring))
+            if balance:
+                ring.balances = True
+                self._own_callbacks.append(Balance(ring))
             align(ring, {"The weights": model.state})
 
     def _start_alike(self, ring: Any) -> None:

@@ -213,6 +213,44 @@ def own_predictions(folder):
     return {"history": found["history"], "shapes": shapes}
 
 
+class SlowRows:
+    """Rows that take rank 1 three times as long; it notes how many each batch had."""
+
+    def __init__(self, seconds):
+        self.x, self.y = rows(96)
+        self.seconds = seconds * (3 if RANK else 1)
+        self.sizes = []
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+    def __getitems__(self, indices):
+        self.sizes.append(len(indices))
+        time.sleep(self.seconds * len(indices))
+        return self.x[indices], self.y[indices]
+
+
+@case
+def balanced(folder):
+    data = SlowRows(0.002)
+    trainer = trainer_of(batch_size=32, balance=True)
+    loader = DataLoader(data, batch_size=32, shuffle=True, seed=3, prefetch_factor=0)
+    found = fitted(trainer, loader, epochs=3, val=rows(33, seed=5), log_every=1)
+    return found | {"sizes": data.sizes, "rates": trainer.communicator.rates}
+
+
+@case
+def balanced_own_data(folder):
+    trainer = trainer_of(balance=True)
+    try:
+        trainer.fit([rows(4)], verbose=0)
+    except mlx_fit.ConfigurationError as error:
+        return str(error)
+
+
 # --- what one process has no counterpart of -------------------------------------------------------
 
 
