@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python benchmarks/chunked_loss.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/distributed.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 250 --kills 300

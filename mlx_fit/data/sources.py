@@ -1,6 +1,6 @@
 """What `fit`, `evaluate` and `predict` accept, as batches.
 
-Imports layer 2: data.arrays, data.dataset, data.loader.
+Imports layer 2: data.arrays, data.dataset, data.loader, data.shares.
 """
 
 from __future__ import annotations

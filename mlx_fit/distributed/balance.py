@@ -7,8 +7,9 @@ from typing import Any
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.communicator import gather
-from mlx_fit.distributed.ring import Ring
+from mlx_fit.distributed.ring import WAITING, Ring
 
+GROWTH = 1.1  # of a rate that was shown, by epoch
 WORTH = 0.95  # of the time that a batch takes now: shares that gain less stay as they are
 
 
@@ -28,10 +29,13 @@ class Balance(Callback):
         self._end = 0.0
         self._collectives = 0.0
         self._num_batches = 0
+        self._waited = 0.0
+        self._shown: dict[int, float] = {}  # rank -> share of a batch that it does in a second
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
         """Nothing is measured yet."""
         self._num_batches = 0
+        self._waited = self._ring.seconds.get(WAITING, 0.0)
 
     def on_train_batch_end(self, batch: int, logs: Any) -> None:
         """The clock starts after the first batch, and stops after the last one."""
@@ -43,16 +47,39 @@ class Balance(Callback):
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Agree on new shares, if that is worth it."""
         ring = self._ring
-        before = ring.rates or (1.0,) * ring.size
-        seconds: list[float] = gather(ring, self._end - self._start, "rates")
-        counts: list[int] = gather(ring, self._num_batches, "rates")
-        if min(counts) < 3 or min(seconds) <= 0:
+        found = gather(
+            ring,
+            {
+                "seconds": self._end - self._start,
+                "waited": ring.seconds.get(WAITING, 0.0) - self._waited,
+                "num_batches": self._num_batches,
+            },
+            "rates",
+        )
+        seconds = [each["seconds"] for each in found]
+        if min(each["num_batches"] for each in found) < 3 or min(seconds) <= 0:
             return
-        rates = [share / taken for share, taken in zip(before, seconds, strict=True)]
+        before = ring.rates or (1 / ring.size,) * ring.size
+        times = [each["seconds"] / each["num_batches"] for each in found]
+        waits = [each["waited"] for each in found]
+        rates = self._judged([b / t for b, t in zip(before, times, strict=True)], waits)
         # With the new shares all take as long: the whole work over the whole rate.
-        now, then = max(seconds), sum(before) / sum(rates)
-        if then < WORTH * now:
+        if 1 / sum(rates) < WORTH * max(times):
             ring.rates = tuple(rate / sum(rates) for rate in rates)
+
+    def _judged(self, seen: list[float], waits: list[float]) -> list[float]:
+        """The rates of the ranks, of what they seemed to be.
+
+        The one for which the others wait shows its rate. The others read ahead meanwhile, which
+        costs them nothing and may look faster than it is: what they have shown before holds, give
+        or take a little.
+        """
+        slowest = waits.index(min(waits))
+        self._shown[slowest] = seen[slowest]
+        return [
+            min(rate, GROWTH * self._shown[rank]) if rank in self._shown else rate
+            for rank, rate in enumerate(seen)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """The rates in use."""

@@ -61,6 +61,12 @@ def test_a_rank_of_a_third_of_the_speed_gets_about_a_quarter_of_the_rows(two):
     assert first["rates"] == second["rates"]
 
 
+def test_what_is_read_ahead_does_not_look_faster_than_it_is(two):
+    first, second = two["balanced"]
+    assert second["sizes_ahead"][-3:] == pytest.approx([8] * 3, abs=3)
+    assert sum(first["sizes_ahead"]) + sum(second["sizes_ahead"]) == 5 * 96
+
+
 def test_results_do_not_depend_on_the_shares(two, tmp_path):
     expected = rank_cases.CASES["balanced"](tmp_path)  # in one process
     for found in two["balanced"]:
