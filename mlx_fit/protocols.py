@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_fit.pace import Pace
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -96,10 +98,12 @@ class Run(Protocol):
     Attributes:
         averages: the callback that averages the weights of this fit, or None.
         communicator: the ranks that train together; one, for a plain trainer.
+        pace: the clock of the epoch's training.
     """
 
     averages: Averages | None
     communicator: Communicator
+    pace: Pace
     model: nn.Module
     optimizer: Any
     epoch: int

@@ -20,6 +20,7 @@ from mlx_fit.checkpoint.store import write_folder
 from mlx_fit.communicator import ALONE, first_alone, on_first, together
 from mlx_fit.fit import Fit
 from mlx_fit.history import History
+from mlx_fit.pace import Pace
 from mlx_fit.protocols import Averages, Communicator, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
@@ -53,6 +54,7 @@ class Stateful(ABC):
         history: of the newest fit, None before the first.
         averages: the callback that averages the weights of this fit, or None.
         communicator: the ranks that train together; one, for a plain trainer.
+        pace: the clock of the epoch's training.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, seed: int | None) -> None:
@@ -62,6 +64,7 @@ class Stateful(ABC):
         self.history: History | None = None
         self.averages: Averages | None = None
         self.communicator: Communicator = ALONE
+        self.pace = Pace()
         self._seed = seed
         self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         self._is_seeded = False

@@ -26,6 +26,7 @@ from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.communicator import ALONE, Exchange, reporting
+from mlx_fit.data.data_module import torn_down
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
@@ -229,7 +230,7 @@ class Trainer(Stateful):
                 resume=resume,
             )
         interruption = Interruption()
-        with training_mode(self.model), watched(interruption):
+        with torn_down(train, "fit"), training_mode(self.model), watched(interruption):
             self._seed_once()
             with reporting(self.communicator):
                 self._align()
@@ -314,7 +315,8 @@ class Trainer(Stateful):
         source = evaluation_source(data, *self._evaluated(batch_size))
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         self.stop_evaluating = False
-        with seen_as(self, pass_info("evaluate", source, steps, verbose)):
+        info = pass_info("evaluate", source, steps, verbose)
+        with torn_down(data, "test"), seen_as(self, info):
             watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
             callback_list = CallbackList(watchers, self, params, self._is_first)
             with self._computing(callback_list):
@@ -357,11 +359,9 @@ class Trainer(Stateful):
         Returns:
             A tree like the model's outputs, each leaf of shape ``(rows, ...)``.
         """
-        parts = list(
-            self.predict_batches(
-                data, batch_size=batch_size, steps=steps, callbacks=callbacks, verbose=verbose
-            )
-        )
+        options = {"batch_size": batch_size, "steps": steps, "callbacks": callbacks}
+        with torn_down(data, "predict"):
+            parts = [*self.predict_batches(data, verbose=verbose, **options)]
         return tree_map(lambda *leaves: concatenate(leaves), parts[0], *parts[1:])
 
     def predict_batches(

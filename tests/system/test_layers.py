@@ -37,6 +37,8 @@ LAYERS = [
             "messages",
             "_tree",
             "_version",
+            "pace",
+            "habits",
         ),
         "_lazy",
     },
@@ -48,7 +50,7 @@ LAYERS = [
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
         *("evaluation", "summary", "updating"),
-        *("checkpoint", "finetune", "interop", "communicator", "causal_lm"),
+        *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
     },
     {"callbacks"},
     set(RUN),
