@@ -1,4 +1,7 @@
-"""Datasets of rows, composed from each other. Imports layer 2: data.arrays, data.mapped."""
+"""Datasets of rows, composed from each other.
+
+Imports layer 2: data.arrays, data.mapped, data.mlx_data, data.table.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import numpy as np
 
 from mlx_fit.data.arrays import batch_dtype, flatten, is_array, skeleton, to_numpy, unflatten
 from mlx_fit.data.mapped import by_file
+from mlx_fit.data.mlx_data import from_mlx_data, is_mlx_stream
 from mlx_fit.data.order import order
+from mlx_fit.data.table import is_arrow_table, open_table
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = [
@@ -56,7 +61,11 @@ def is_dataset(data: Any) -> bool:
 
 
 def rows_of(data: Any) -> Any:
-    """``data`` with arrays, and tuples and dicts of arrays, made a dataset of rows."""
+    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams."""
+    if is_arrow_table(data):
+        return open_table(data)
+    if is_mlx_stream(data):
+        return from_mlx_data(data)
     is_tree = isinstance(data, tuple | dict) or (is_array(data) and not isinstance(data, list))
     return ArrayDataset(data) if is_tree else data
 
