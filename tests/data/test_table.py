@@ -116,7 +116,7 @@ def test_row_groups_are_decoded_once_an_epoch_with_their_sampler(tmp_path):
     assert table._rows.num_decoded <= 2 * len(table.group_sizes)
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(100))
     assert first != second
-    assert len({i // 10 for i in chain(*first[:3])}) > 1  # of more than one group
+    assert len({i // 10 for i in first[0]}) > 1  # the rows of groups are mixed
 
 
 def test_a_shuffled_epoch_resumes_where_it_was(tmp_path):

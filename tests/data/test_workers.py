@@ -76,6 +76,10 @@ def test_large_batches_travel_in_memory_of_their_own(nothing_left):
     np.testing.assert_array_equal(kept[-1]["i"], [21, 22, 23])
 
 
+def test_a_worker_does_not_import_mlx():
+    assert rows(DataLoader(Map(Rows(sets.has_mlx, 2), sets.noisy), 2, num_workers=1))[0][0] < 1
+
+
 def test_structures_and_strings_pass_as_they_are():
     loader = DataLoader(Rows(sets.strings, 4), 2, num_workers=1, collate_fn=sets.as_list)
     assert [row["text"] for batch in loader for row in batch] == ["0", "1", "2", "3"]
