@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check format bench soak soak-loader soak-memory clean
+.PHONY: help setup demo test check format bench soak soak-loader soak-memory soak-ranks clean
 
 help:
 	@echo "make demo    train on handwritten digits (sets up .venv first)"
@@ -15,6 +15,7 @@ help:
 	@echo "make soak    kill and resume a run hundreds of times"
 	@echo "make soak-loader  leave a loader's processes early, 50 times"
 	@echo "make soak-memory  look at memory over many steps of varying shapes"
+	@echo "make soak-ranks  let ranks fail at random, a hundred times"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(STAMP)
@@ -60,6 +61,7 @@ bench: setup
 	$(BIN)/python benchmarks/chunked_loss.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/distributed.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 250 --kills 300
@@ -67,6 +69,9 @@ soak: setup
 
 soak-loader: setup
 	$(BIN)/python tests/soak_loader.py --times 50 --workers 2
+
+soak-ranks: setup
+	$(BIN)/python tests/soak_ranks.py --rounds 100
 
 soak-memory: setup
 	$(BIN)/python tests/soak_memory.py

@@ -103,6 +103,8 @@ class Fit:
             self._ending.agree()
             if self._ending.stops or self._ending.signal:
                 break
+        if self._step.exchange is not None:
+            self._step.exchange.finish(run.model)
         self._at.save_end()
         if self._at.phase == BATCHES:
             self._at.recorder.record(run.epoch)  # what a signal has cut off

@@ -129,7 +129,7 @@ def _is_last(run: Run, batch: Any) -> bool:
     ranks, has_ended = run.communicator, batch is _END
     if ranks.size == 1:
         return has_ended
-    votes = gather(ranks, [has_ended, run.stop_predicting])
+    votes = gather(ranks, [has_ended, run.stop_predicting], "predictions")
     return all(ended for ended, _ in votes) or any(stops for _, stops in votes)
 
 

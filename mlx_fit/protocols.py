@@ -54,11 +54,15 @@ class Communicator(Protocol):
         size: how many there are.
         uneven: ``"join"``: ranks whose own data has ended take part without samples until all have
             ended. ``"stop"``: all end with the first.
+        balances: whether faster ranks are to read more of a batch.
+        rates: rows a second of each rank, in any unit; None: all are alike.
     """
 
     rank: int
     size: int
     uneven: str
+    balances: bool
+    rates: tuple[float, ...] | None
 
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all ranks, by rank. All of them call it at the same place."""

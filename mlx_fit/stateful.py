@@ -29,6 +29,7 @@ from mlx_fit.state import (
     check_buffers,
     load_optimizer,
     load_parameters,
+    optimizer_arrays,
     put_buffers,
     read_arrays,
     save_weights,
@@ -154,7 +155,7 @@ class Stateful(ABC):
         return {
             "model": dict(named_arrays(self.model.parameters())),
             "buffers": named_buffers(self.model),
-            "optimizer": dict(named_arrays(self.optimizer.state)) if self.optimizer else {},
+            "optimizer": optimizer_arrays(self.optimizer),
             "loss_scale": dict(self._scaling),
             "random_key": RandomState().words,
             "step": self.step,

@@ -195,11 +195,7 @@ class TrainStep(StepState):
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""
         if self.exchange is not None:
-            self._window = self._shared_window(self.exchange)
-        if self._window and self.exchange is not None:
-            flush = partial(self._flush, 0, self._window)
-            self.sums.extend_batch(self.exchange.update(self.model, flush))
-            self._window = []
+            self._close_together(self.exchange)
         elif self._window:
             self.sums.pending.append(self._flush(0, self._window))
             self.sums.tags.append(self.num_windows + 1)
@@ -210,16 +206,21 @@ class TrainStep(StepState):
         self.num_windows += 1
         self.window_open = False
 
-    def _shared_window(self, exchange: Exchange) -> list[Any]:
-        """The window of all ranks, and their sums in place of this rank's."""
+    def _close_together(self, exchange: Exchange) -> None:
+        """Close the window of all ranks; their sums take the place of this rank's."""
         self.is_whole = False
         sums = self.sums
         shared = exchange.close(self.model, self._window, sums, self.num_windows)
-        sums.batch, sums.open = shared.vector, []
+        self._window, sums.open, sums.batch = [], [], shared.vector
         sums.pending.append(shared.vector)
         sums.tags.append(self.num_windows + 1)
-        self.num_skipped -= shared.logs_skip
-        return shared.window
+        if shared.is_update:
+            flush = partial(self._flush, 0, shared.window) if shared.window else None
+            vector = exchange.update(self.model, flush)
+            if vector is not None:
+                sums.extend_batch(vector)
+        elif not shared.logs_skip:
+            self.num_skipped += 1
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""

@@ -14,7 +14,7 @@ from mlx_fit.data.arrays import flatten
 from mlx_fit.data.batching import from_stream
 from mlx_fit.data.dataset import seeded
 from mlx_fit.data.fetch import fetcher, stream_fetcher
-from mlx_fit.data.shares import Sharded
+from mlx_fit.data.shares import Rates, Sharded
 from mlx_fit.errors import DataError
 from mlx_fit.foreign import is_mlx_array
 
@@ -40,6 +40,7 @@ class Recipe:
         drop_last: leave out a short last batch.
         is_stream: the dataset can only be iterated over.
         num_replicas, rank: ranks that share each batch, and which of them this is.
+        rates: how fast they are, where that decides on their shares.
     """
 
     dataset: Any
@@ -49,6 +50,7 @@ class Recipe:
     is_stream: bool
     num_replicas: int = 1
     rank: int = 0
+    rates: Rates = None
 
     @property
     def is_stateful(self) -> bool:
@@ -75,7 +77,9 @@ class Recipe:
             fetch = stream_fetcher(self.batch_size or 1, self.collate_fn, check)
         else:
             fetch = fetcher(seeded(self.dataset, seed, epoch), self.collate_fn, check)
-        return fetch if self.num_replicas == 1 else Sharded(fetch, self.num_replicas, self.rank)
+        if self.num_replicas == 1:
+            return fetch
+        return Sharded(fetch, self.num_replicas, self.rank, self.rates)
 
     def stream(self, epoch: int, start: int, dataset_state: Any) -> Iterator[list[Any]]:
         """The rows of a stream in batches, from sample ``start`` on."""

@@ -1,6 +1,7 @@
 """What `fit`, `evaluate` and `predict` accept, as batches.
 
-Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data.
+Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data,
+data.shares.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mlx_fit.data.arrays import flatten, is_array, is_scalar
 from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
 from mlx_fit.data.loader import DataLoader
 from mlx_fit.data.mlx_data import is_mlx_stream
+from mlx_fit.data.shares import Rates
 from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 
 __all__ = [
@@ -104,12 +106,12 @@ class RowSource(Source):
     def batches(self, epoch: int) -> Iterator[Any]:
         return self.batches_of(epoch, 1, 0)
 
-    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+    def batches_of(self, epoch: int, size: int, rank: int, rates: Rates = None) -> Iterator[Any]:
         """The share of one of ``size`` ranks of every batch of a pass."""
         self._start, self._next_start = self._next_start, (0, 0)
         state = self._loader.state_dict() | {"epoch": epoch, "samples_consumed": self._start[1]}
         self._loader.load_state_dict(state)
-        return iter(self._loader if size == 1 else self._loader.shard(size, rank))
+        return iter(self._loader if size == 1 else self._loader.shard(size, rank, rates))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
         first, samples = self._start
@@ -157,10 +159,10 @@ class BatchSource(Source):
             return islice(self.iterable, skipped, None)
         return skipping(iter(self.iterable), skipped, self.name)
 
-    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+    def batches_of(self, epoch: int, size: int, rank: int, rates: Rates = None) -> Iterator[Any]:
         """The share of one of ``size`` ranks of every batch of a pass of a DataLoader."""
         assert isinstance(self.iterable, DataLoader)
-        return iter(self.iterable.shard(size, rank))
+        return iter(self.iterable.shard(size, rank, rates))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:
         if not self._is_stateful:
