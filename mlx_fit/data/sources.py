@@ -1,7 +1,6 @@
 """What `fit`, `evaluate` and `predict` accept, as batches.
 
-Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data,
-data.shares.
+Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data, data.shares.
 """
 
 from __future__ import annotations

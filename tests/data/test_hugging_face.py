@@ -10,6 +10,7 @@ import pytest
 
 from mlx_fit import Trainer
 from mlx_fit.data import DataLoader, Map, MapBatches, Subset, open_table, order, random_split
+from mlx_fit.errors import DataError
 
 pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
@@ -110,3 +111,10 @@ def test_the_files_they_write_are_opened_mapped(rows, tmp_path):
     rows.to_parquet(tmp_path / "rows.parquet")
     for opened in (table, open_table(tmp_path / "rows.parquet")):
         assert opened.__getitems__([7, 2])["x"].tolist() == [[3.5, 1], [1, 1]]
+
+
+def test_columns_are_arrays_once_they_are_read(rows):
+    with pytest.raises(DataError, match=r"column of a Hugging Face dataset pass column\[:\]"):
+        DataLoader((rows["x"], rows["y"]))
+    x, y = next(iter(DataLoader((rows["x"][:], rows["y"][:]), 2)))
+    assert (x.tolist(), y.tolist()) == ([[0, 1], [0.5, 1]], [0, 1])
