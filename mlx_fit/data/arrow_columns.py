@@ -64,7 +64,7 @@ def row_values(
 ) -> list[Any]:
     """The same as a list with each row's value; lists may differ in length."""
     array = _plain(column)
-    if not (is_numeric(array.type) and _is_list(array.type)):
+    if not (len(array) and is_numeric(array.type) and _is_list(array.type)):
         return list(column_values(array, name, indices, missing))
     if array.null_count:
         raise _null(array, name, indices)
@@ -107,7 +107,9 @@ def _numbers(
     if name not in missing:
         if array.null_count:
             raise _null(array, name, indices)
-        return array.to_numpy(zero_copy_only=False)
+        values = array.to_numpy(zero_copy_only=False)
+        # What lies in Arrow's memory, or in a mapped file, cannot be written to.
+        return values if values.flags.writeable else values.copy()
     import pyarrow as pa
 
     value = missing[name]

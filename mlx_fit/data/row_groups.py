@@ -63,6 +63,8 @@ class RowGroups:
         """The rows at ``indices`` (int64, within range), as an Arrow table in that order."""
         import pyarrow as pa
 
+        if not len(indices):
+            return self.schema.empty_table()
         group_of = np.searchsorted(self._ends, indices, side="right")
         starts = self._ends - self.sizes
         wanted = np.unique(group_of).tolist()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_fit import Trainer
-from mlx_fit.data import DataLoader, MapBatches, RowGroupSampler, Subset, open_table
+from mlx_fit.data import DataLoader, MapBatches, RowGroupSampler, Subset, open_table, order
 from mlx_fit.errors import ConfigurationError, DataError
 
 pa = pytest.importorskip("pyarrow")
@@ -184,6 +184,36 @@ def test_nulls_are_named_or_filled_as_missing_says(tmp_path):
         assert [batch["s"][0] for batch in batches] == ["x", None, "z"]
         assert open_table(source, ["a"], missing={"a": 7}).column("a").tolist() == [1, 7, 3]
         assert open_table(source, ["a"], missing={"a": 7}).column("a").dtype == np.int64
+
+
+def test_tables_of_many_chunks_are_read_where_they_are(tmp_path):
+    path = write("file", tmp_path / "rows", pa.table(content(500)), group=3)
+    before = pa.total_allocated_bytes()
+    opened = open_table(path)
+    assert len(opened._rows._chunks) == 167
+    indices = order(0, 0, 500)[:40].tolist()
+    batch = opened.__getitems__(indices)
+    assert (batch["i"].tolist(), batch["text"].tolist()) == (
+        indices,
+        [f"row {i}é" for i in indices],
+    )
+    assert pa.total_allocated_bytes() - before < 10_000  # the file is mapped, not read
+    assert batch["grid"][:, 0, 0].tolist() == indices
+
+
+def test_batches_can_be_written_to_and_leave_the_table_as_it_was(opened):
+    for indices in ([0, 1, 2], [5, 3]):
+        for name in ("i", "x", "flag", "vector", "grid"):
+            opened.__getitems__(indices)[name][:] = 0
+            opened.rows(indices)[0]["vector"][:] = 0
+    assert opened.__getitems__([1, 2])["i"].tolist() == [1, 2]
+
+
+def test_no_rows_are_an_empty_batch(opened):
+    assert opened.rows([]) == []
+    assert {name: len(values) for name, values in opened.__getitems__([]).items()} == dict.fromkeys(
+        opened.columns, 0
+    )
 
 
 def test_sliced_tables_keep_their_rows():
