@@ -62,11 +62,11 @@ def open_table(
 
     Example:
         >>> import pathlib, tempfile
-        >>> import pyarrow as pa, pyarrow.parquet as pq  # doctest: +SKIP
+        >>> from pyarrow import parquet, table  # doctest: +SKIP
         >>> from mlx_fit.data import DataLoader, open_table
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "train.parquet"
-        >>> pq.write_table(pa.table({"x": [[1.0, 2.0], [3.0, 4.0]], "y": [0, 1]}), path)
-        ... # doctest: +SKIP
+        >>> rows = table({"x": [[1.0, 2.0], [3.0, 4.0]], "y": [0, 1]})  # doctest: +SKIP
+        >>> parquet.write_table(rows, path)  # doctest: +SKIP
         >>> batch = next(iter(DataLoader(open_table(path), batch_size=2)))  # doctest: +SKIP
         >>> batch["x"].shape, batch["y"].tolist()  # doctest: +SKIP
         ((2, 2), [0, 1])
