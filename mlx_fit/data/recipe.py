@@ -10,14 +10,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from mlx_fit.data.arrays import flatten
 from mlx_fit.data.batching import from_stream
 from mlx_fit.data.dataset import seeded
 from mlx_fit.data.fetch import fetcher, stream_fetcher
 from mlx_fit.data.shares import Rates, Sharded
 from mlx_fit.errors import DataError
+from mlx_fit.foreign import is_mlx_array
 
 __all__ = ["MlxWatch", "Prepared", "Recipe", "refuse_mlx"]
 
@@ -121,4 +120,4 @@ def refuse_mlx(value: Any) -> None:
 
 
 def _holds_mlx(value: Any) -> bool:
-    return any(isinstance(leaf, mx.array) for _, leaf in flatten(value))
+    return any(is_mlx_array(leaf) for _, leaf in flatten(value))

@@ -1,6 +1,6 @@
 """What `fit`, `evaluate` and `predict` accept, as batches.
 
-Imports layer 2: data.arrays, data.dataset, data.loader, data.shares.
+Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data, data.shares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mlx_fit.batch import num_rows
 from mlx_fit.data.arrays import flatten, is_array, is_scalar
 from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
 from mlx_fit.data.loader import DataLoader
+from mlx_fit.data.mlx_data import is_mlx_stream
 from mlx_fit.data.shares import Rates
 from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 
@@ -270,6 +271,7 @@ def as_source(
     - Anything else with ``__len__`` and ``__getitem__`` is a dataset of rows, batched here.
     - A :class:`DataLoader`, PyTorch's, or any other iterable gives batches, each pass anew; an
       iterator gives them once.
+    - A stream of mlx-data gives batches, reset for each pass.
     - A function without arguments is called for each pass and returns one of the last.
 
     Batches that come from outside pass as they are, in their order: ``batch_size``, ``shuffle`` and
@@ -290,6 +292,8 @@ def as_source(
         data = data[:-1]
     if _is_keras_dataset(data):
         return FunctionSource(lambda: (data[i] for i in range(len(data))), name=name)
+    if is_mlx_stream(data):
+        data = rows_of(data)
     rows = _rows(data, name)
     if rows is not None:
         source = RowSource(rows, batch_size=batch_size, shuffle=shuffle, seed=seed, name=name)

@@ -32,6 +32,7 @@ LAYERS = [
             "batch",
             "logs",
             "protocols",
+            "foreign",
             "sums",
             "checks",
             "messages",
