@@ -109,7 +109,7 @@ class CausalLM(Objective):
         packed = segments if self.variant else None
         if self.chunk_size is None:
             outputs = _forward(model, tokens, packed)
-            logits = _logits(outputs, tokens)
+            logits = logits_of(outputs, tokens)
             self._num_classes = logits.shape[-1]
             flat = logits.reshape(-1, self._num_classes)
             sums = self._loss.sums(flat, flat_targets, flat_weights)
@@ -118,7 +118,7 @@ class CausalLM(Objective):
                 model,
                 tokens,
                 lambda model: _forward(model, tokens, packed),
-                lambda outputs: _logits(outputs, None),
+                lambda outputs: logits_of(outputs, None),
             )
             outputs, sums = split.outputs, self._chunked(split, tokens, flat_targets, flat_weights)
         return self._terms(model, outputs, sums, flat_weights)
@@ -128,7 +128,7 @@ class CausalLM(Objective):
     ) -> TokenSums:
         assert self.chunk_size is not None
         model = split.model
-        self._num_classes = _logits(split.outputs, tokens).shape[-1]
+        self._num_classes = logits_of(split.outputs, tokens).shape[-1]
         if self._checked != id(model) and not _is_traced(split.hidden):
             split.check(tokens)
             self._checked = id(model)
@@ -293,7 +293,12 @@ def _forward(model: Any, tokens: mx.array, segments: mx.array | None) -> Any:
     return model(tokens) if segments is None else apply_packed(model, tokens, segments)
 
 
-def _logits(outputs: Any, tokens: mx.array | None) -> mx.array:
+def logits_of(outputs: Any, tokens: mx.array | None) -> mx.array:
+    """The logits among a model's outputs, of shape (batch, length, classes).
+
+    Raises:
+        ConfigurationError: there are none, or not one row for each token.
+    """
     logits = outputs
     if isinstance(outputs, dict):
         logits = outputs.get("logits")

@@ -130,6 +130,8 @@ def read_settings(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ConfigurationError("lr_schedule and schedule or warmup_steps: give one of them.")
     if settings.epochs is not None and "max_steps" not in given:
         settings.max_steps = None
+    if not settings.learning_rate > 0:
+        raise ConfigurationError(f"--learning-rate is {settings.learning_rate}; expected above 0.")
     if not settings.validation_split < 1:
         raise ConfigurationError("--validation-split expects a share below 1.")
     return settings

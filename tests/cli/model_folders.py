@@ -22,8 +22,11 @@ TEMPLATE = (
 WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "sun", "moon"]
 MIXTRAL = {
     **{k: v for k, v in CONFIG.items() if k not in ("head_dim", "attention_bias")},
-    **{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
-    **{"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
     "rope_traditional": False,
 }
 
