@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_fit.batch import TextBatch
 from mlx_fit.body_head import SplitModel
 from mlx_fit.checks import natural
 from mlx_fit.chunked_loss import TokenLoss, TokenSums, chunked_sums
@@ -21,7 +22,7 @@ from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import divide, total
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.sums import long_sum
-from mlx_fit.text.packed_model import apply_packed
+from mlx_fit.text.packed_model import apply_packed, check_packing
 from mlx_fit.weighting import host_sum, reciprocal
 
 __all__ = ["CausalLM"]
@@ -96,6 +97,7 @@ class CausalLM(Objective):
         self._num_classes: int | None = None
         self._num_embeddings: int | None = None
         self._checked: int | None = None
+        self._packed_shapes: set[tuple[int, ...]] = set()  # that packing was found to work for
 
     # --- on the device, while tracing -------------------------------------------------------------
 
@@ -169,6 +171,15 @@ class CausalLM(Objective):
     def start(self) -> None:
         """The model may have another number of classes now."""
         self._num_classes = self._num_embeddings = None
+        self._packed_shapes.clear()
+
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """Compare documents that share a row with their own runs, once for each batch shape."""
+        parts = _parts(batch)
+        shape = tuple(parts.tokens.shape)
+        if self.variant and shape not in self._packed_shapes:
+            check_packing(model, TextBatch(*parts))
+            self._packed_shapes.add(shape)
 
     def host_weight(self, batch: Any) -> float | None:
         """Check tokens and targets, and sum the weights of the targets."""

@@ -121,6 +121,9 @@ class DPO(Objective):
     def start(self) -> None:
         """Nothing is known of the model."""
 
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """The trace shows what does not fit."""
+
     @property
     def directions(self) -> dict[str, bool | None]:
         """The loss is better lower; accuracies and margins are better higher."""

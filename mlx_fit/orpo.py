@@ -64,6 +64,9 @@ class ORPO(Objective):
     def start(self) -> None:
         """Nothing is known of the model."""
 
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """The trace shows what does not fit."""
+
     @property
     def directions(self) -> dict[str, bool | None]:
         """Losses are better lower; accuracies, margins and odds are better higher."""

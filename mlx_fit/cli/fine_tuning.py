@@ -21,7 +21,6 @@ from mlx_fit.cli.language_models import Loaded, load_model
 from mlx_fit.cli.settings import toml_text
 from mlx_fit.cli.text_data import check_data, find_file, require_part, train_and_valid
 from mlx_fit.cli.training import (
-    check_packed,
     choose_what_trains,
     count_steps,
     held_out_batches,
@@ -78,7 +77,6 @@ class FineTuning:
         if settings.patience is not None and self._valid is None:
             raise ConfigurationError("--patience needs validation data: valid.jsonl, or a split.")
         self._model = self._loaded.model
-        check_packed(self._model, self._batches, settings)
         choose_what_trains(self._model, settings)
         self._epochs, self._steps = count_steps(settings, len(self._batches))
         self._objective = make_objective(self._model, settings)

@@ -20,7 +20,7 @@ from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
 from mlx_fit.finetune.blocks import listed, require_blocks
 from mlx_fit.schedules import constant_warmup, warmup_cosine, warmup_linear
 from mlx_fit.state import read_arrays
-from mlx_fit.text import BucketBatches, PackedBatches, check_packing
+from mlx_fit.text import BucketBatches, PackedBatches
 
 LARGE_VOCABULARY = 16_384  # from here on whole logits cost more than the rest
 CHUNK = 128  # tokens: LoRA's peak is 0.30 of that with whole logits (benchmarks/chunked_loss.py)
@@ -99,12 +99,6 @@ def make_batches(rows: Any, settings: argparse.Namespace) -> Any:
 def held_out_batches(rows: Any, settings: argparse.Namespace) -> BucketBatches:
     """The loader of validation or test batches: the same ones each time."""
     return BucketBatches(rows, settings.batch_size, settings.max_shapes, shuffle=False, seed=0)
-
-
-def check_packed(model: nn.Module, batches: Any, settings: argparse.Namespace) -> None:
-    """Refuse packed rows where the model would mix up their documents."""
-    if settings.pack is not None:
-        check_packing(model, next(iter(batches)))
 
 
 def count_steps(settings: argparse.Namespace, num_batches: int) -> tuple[int, int]:
