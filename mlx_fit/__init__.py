@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from mlx_fit.checkpoint import CheckpointPolicy
     from mlx_fit.data import DataLoader
     from mlx_fit.distributed import DistributedTrainer, SyncPolicy
+    from mlx_fit.dpo import DPO
     from mlx_fit.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -90,13 +91,16 @@ if TYPE_CHECKING:
     from mlx_fit.losses import Loss
     from mlx_fit.metrics import Metric
     from mlx_fit.objective import Objective, Sums, Supervised
+    from mlx_fit.orpo import ORPO
     from mlx_fit.plan import MemoryPlan
     from mlx_fit.runtime.device import DeviceConfig
     from mlx_fit.trainer import Trainer
 
 
 __all__ = [
+    "DPO",
     "EMA",
+    "ORPO",
     "SWA",
     "CSVLogger",
     "Callback",
@@ -200,6 +204,7 @@ __getattr__, __dir__ = lazy(
         "checkpoint": ("CheckpointPolicy",),
         "data": ("DataLoader",),
         "distributed": ("DistributedTrainer", "SyncPolicy"),
+        "dpo": ("DPO",),
         "errors": (
             "CheckpointCorruptError",
             "CheckpointError",
@@ -232,6 +237,7 @@ __getattr__, __dir__ = lazy(
             "Supervised",
         ),
         "plan": ("MemoryPlan",),
+        "orpo": ("ORPO",),
         "runtime.device": ("DeviceConfig",),
         "trainer": ("Trainer",),
     },

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_fit.batch import TextBatch
 from mlx_fit.body_head import SplitModel
 from mlx_fit.checks import natural
 from mlx_fit.chunked_loss import TokenLoss, TokenSums, chunked_sums
@@ -21,7 +22,7 @@ from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import divide, total
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.sums import long_sum
-from mlx_fit.text.packed_model import apply_packed
+from mlx_fit.text.packed_model import apply_packed, check_packing
 from mlx_fit.weighting import host_sum, reciprocal
 
 __all__ = ["CausalLM"]
@@ -96,6 +97,7 @@ class CausalLM(Objective):
         self._num_classes: int | None = None
         self._num_embeddings: int | None = None
         self._checked: int | None = None
+        self._packed_shapes: set[tuple[int, ...]] = set()  # that packing was found to work for
 
     # --- on the device, while tracing -------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class CausalLM(Objective):
         packed = segments if self.variant else None
         if self.chunk_size is None:
             outputs = _forward(model, tokens, packed)
-            logits = _logits(outputs, tokens)
+            logits = logits_of(outputs, tokens)
             self._num_classes = logits.shape[-1]
             flat = logits.reshape(-1, self._num_classes)
             sums = self._loss.sums(flat, flat_targets, flat_weights)
@@ -118,7 +120,7 @@ class CausalLM(Objective):
                 model,
                 tokens,
                 lambda model: _forward(model, tokens, packed),
-                lambda outputs: _logits(outputs, None),
+                lambda outputs: logits_of(outputs, None),
             )
             outputs, sums = split.outputs, self._chunked(split, tokens, flat_targets, flat_weights)
         return self._terms(model, outputs, sums, flat_weights)
@@ -128,7 +130,7 @@ class CausalLM(Objective):
     ) -> TokenSums:
         assert self.chunk_size is not None
         model = split.model
-        self._num_classes = _logits(split.outputs, tokens).shape[-1]
+        self._num_classes = logits_of(split.outputs, tokens).shape[-1]
         if self._checked != id(model) and not _is_traced(split.hidden):
             split.check(tokens)
             self._checked = id(model)
@@ -169,6 +171,15 @@ class CausalLM(Objective):
     def start(self) -> None:
         """The model may have another number of classes now."""
         self._num_classes = self._num_embeddings = None
+        self._packed_shapes.clear()
+
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """Compare documents that share a row with their own runs, once for each batch shape."""
+        parts = _parts(batch)
+        shape = tuple(parts.tokens.shape)
+        if self.variant and shape not in self._packed_shapes:
+            check_packing(model, TextBatch(*parts))
+            self._packed_shapes.add(shape)
 
     def host_weight(self, batch: Any) -> float | None:
         """Check tokens and targets, and sum the weights of the targets."""
@@ -293,7 +304,12 @@ def _forward(model: Any, tokens: mx.array, segments: mx.array | None) -> Any:
     return model(tokens) if segments is None else apply_packed(model, tokens, segments)
 
 
-def _logits(outputs: Any, tokens: mx.array | None) -> mx.array:
+def logits_of(outputs: Any, tokens: mx.array | None) -> mx.array:
+    """The logits among a model's outputs, of shape (batch, length, classes).
+
+    Raises:
+        ConfigurationError: there are none, or not one row for each token.
+    """
     logits = outputs
     if isinstance(outputs, dict):
         logits = outputs.get("logits")

@@ -112,6 +112,14 @@ class Objective(ABC):
     def start(self) -> None:
         """A new run: forget what earlier traces told of the model."""
 
+    @abstractmethod
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """Training is about to meet its first batch of a shape: check what needs a run of its own.
+
+        Raises:
+            ConfigurationError: the model would compute something else than is meant.
+        """
+
     @property
     @abstractmethod
     def directions(self) -> dict[str, bool | None]:
@@ -168,6 +176,9 @@ class FunctionObjective(Objective):
 
     def start(self) -> None:
         """Nothing is known of the model."""
+
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """The function checks for itself."""
 
     @property
     def directions(self) -> dict[str, bool | None]:
@@ -292,6 +303,9 @@ class Supervised(Objective):
     def start(self) -> None:
         """The model may have another number of classes now."""
         self._num_classes = {}
+
+    def prepare(self, model: nn.Module, batch: Any) -> None:
+        """The trace shows what does not fit."""
 
     # --- on the host ------------------------------------------------------------------------------
 

@@ -174,6 +174,7 @@ class TrainStep(StepState):
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         """Meet a batch of a new shape: MLX traces, and bugs in user code show."""
         self._host_batch = host_batch
+        self.objective.prepare(self.model, host_batch)
         warn_of_many_shapes(self._shapes, key[0], batch)
         try:
             if is_empty(batch):

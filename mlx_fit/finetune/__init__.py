@@ -7,6 +7,7 @@ finetune.save_adapters(model, "adapters")
 
 from mlx_fit.finetune.adapters import load_adapters, save_adapters
 from mlx_fit.finetune.contexts import checkpoint_layers, neftune
+from mlx_fit.finetune.heads import Embedder, InfoNCE, SequenceClassifier, pad_tokens
 from mlx_fit.finetune.lora import apply_lora
 from mlx_fit.finetune.merging import Adapters, attach, detach, disabled, fuse, merge, unmerge
 from mlx_fit.finetune.rates import lora_plus
@@ -15,6 +16,9 @@ from mlx_fit.finetune.statistics import Statistics, statistics
 
 __all__ = [
     "Adapters",
+    "Embedder",
+    "InfoNCE",
+    "SequenceClassifier",
     "Statistics",
     "apply_lora",
     "attach",
@@ -26,6 +30,7 @@ __all__ = [
     "lora_plus",
     "merge",
     "neftune",
+    "pad_tokens",
     "save_adapters",
     "select",
     "statistics",

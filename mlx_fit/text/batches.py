@@ -121,8 +121,8 @@ class TokenBatches(Splittable):
         """What each batch of the epoch is made of."""
 
     @abstractmethod
-    def _pieces_of(self, planned: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """What one batch of a plan holds: the pieces, row and shape of :func:`text_batch`."""
+    def _batch(self, planned: Any) -> Any:
+        """One batch of a plan."""
 
     @abstractmethod
     def _set_up(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class TokenBatches(Splittable):
         """Batches of an epoch, the same for all."""
         return len(self._plan_of(self._position.epoch))
 
-    def __iter__(self) -> Iterator[TextBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or what a loaded state left of it."""
         start = self._position.batches_consumed if self._is_loaded else 0
         position = _Position(self._position.epoch, start)
@@ -186,10 +186,10 @@ class TokenBatches(Splittable):
             self._planned = (key, self._plan(epoch))
         return self._planned[1]
 
-    def _read(self, position: _Position) -> Iterator[TextBatch]:
+    def _read(self, position: _Position) -> Iterator[Any]:
         epoch = position.epoch
         for planned in self._plan_of(epoch)[position.batches_consumed :]:
-            batch = text_batch(self._rows, *self._pieces_of(planned))
+            batch = self._batch(planned)
             position.batches_consumed += 1
             yield batch
         # An old iterator that ends late must not move a loader that has gone elsewhere.

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fit.batch import TextBatch
 from mlx_fit.checks import boolean, natural
 from mlx_fit.data.order import order
-from mlx_fit.text.batches import TokenBatches
-from mlx_fit.text.planning import bucketed, choose_grid
+from mlx_fit.text.batches import TokenBatches, text_batch
+from mlx_fit.text.planning import Grid, bucketed, choose_grid
 
 __all__ = ["BucketBatches"]
 
@@ -65,22 +66,39 @@ class BucketBatches(TokenBatches):
         self._fills = self.max_shapes == 1 and len(self.lengths) > self.batch_size
 
     def _plan(self, epoch: int) -> list[Any]:
-        count = len(self.lengths)
-        visited = order(self.seed, epoch, count)[:] if self.shuffle else np.arange(count)
-        batches = bucketed(self.lengths, visited, self._grid, self.batch_size)
-        planned = list(zip(batches.rows, batches.widths, strict=True))
-        if self.shuffle:
-            # Another stream than that of the rows, from the same seed and epoch.
-            planned = [planned[i] for i in order(self.seed, -1 - epoch, len(planned))[:]]
-        widest = max(planned, key=lambda batch: batch[1])
-        largest = max(planned, key=lambda batch: (batch[1] * len(batch[0]), batch[1]))
-        first = [widest] if widest is largest else [widest, largest]
-        return first + [batch for batch in planned if batch is not widest and batch is not largest]
+        seed = self.seed if self.shuffle else None
+        return plan_by_length(self.lengths, self._grid, self.batch_size, seed, epoch)
 
-    def _pieces_of(self, planned: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    def _batch(self, planned: Any) -> TextBatch:
         rows, width = np.asarray(planned[0]), planned[1]
         pieces = np.stack([rows, np.zeros_like(rows), self.lengths[rows]], axis=1)
-        return pieces, np.arange(len(rows)), (self.batch_size if self._fills else len(rows), width)
+        shape = (self.batch_size if self._fills else len(rows), width)
+        return text_batch(self._rows, pieces, np.arange(len(rows)), shape)
 
     def _set_up(self) -> dict[str, Any]:
         return {"max_shapes": self.max_shapes, "shuffle": self.shuffle}
+
+
+def plan_by_length(
+    lengths: np.ndarray, grid: Grid, batch_size: int, seed: int | None, epoch: int
+) -> list[tuple[Any, int]]:
+    """Rows and width of each batch of an epoch, the widest and the largest first.
+
+    Args:
+        lengths: of all rows.
+        grid: the widths that batches may have.
+        batch_size: rows of a batch.
+        seed: of the order; None: the rows' own order.
+        epoch: counted from 0.
+    """
+    count = len(lengths)
+    visited = np.arange(count) if seed is None else order(seed, epoch, count)[:]
+    batches = bucketed(lengths, visited, grid, batch_size)
+    planned = list(zip(batches.rows, batches.widths, strict=True))
+    if seed is not None:
+        # Another stream than that of the rows, from the same seed and epoch.
+        planned = [planned[i] for i in order(seed, -1 - epoch, len(planned))[:]]
+    widest = max(planned, key=lambda batch: batch[1])
+    largest = max(planned, key=lambda batch: (batch[1] * len(batch[0]), batch[1]))
+    first = [widest] if widest is largest else [widest, largest]
+    return first + [batch for batch in planned if batch is not widest and batch is not largest]

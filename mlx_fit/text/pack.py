@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fit.batch import TextBatch
 from mlx_fit.checks import natural
 from mlx_fit.data.order import order
 from mlx_fit.errors import ConfigurationError, DataError
-from mlx_fit.text.batches import TokenBatches
+from mlx_fit.text.batches import TokenBatches, text_batch
 from mlx_fit.text.items import row_name
 
 __all__ = ["PackedBatches", "best_fit"]
@@ -139,10 +140,10 @@ class PackedBatches(TokenBatches):
             if len(row) > 1:
                 rows.append([row.pop()])
 
-    def _pieces_of(self, planned: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    def _batch(self, planned: Any) -> TextBatch:
         row_of = np.repeat(np.arange(len(planned)), [len(row) for row in planned])
         pieces = self._pieces[np.concatenate(planned)]
-        return pieces, row_of, (len(planned), self.row_length)
+        return text_batch(self._rows, pieces, row_of, (len(planned), self.row_length))
 
     def _set_up(self) -> dict[str, Any]:
         return {"row_length": self.row_length, "overlong": self.overlong}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from language_models import WithSegments, mlx_lm_model
 
+from mlx_fit import CausalLM, Trainer
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.text import (
     BucketBatches,
@@ -153,3 +155,17 @@ def test_it_can_be_compiled_and_differentiated():
     gradient = nn.value_and_grad(model, loss)
     compiled = mx.compile(loss)
     assert np.isclose(compiled(*arrays).item(), gradient(*arrays)[0].item(), rtol=1e-5)
+
+
+def test_a_model_that_mixes_packed_documents_up_is_refused_before_training():
+    model = WithSegments(ignores=True)
+    before = np.array(model.embedding.weight)
+    documents = [([1 + i, 2, 3 + i], [1, 1, 1]) for i in range(6)]
+    trainer = Trainer(model, optim.SGD(0.1), objective=CausalLM())
+    with pytest.raises(ConfigurationError, match="cannot be trained on packed rows"):
+        trainer.fit(PackedBatches(documents, 2, 7, seed=0), verbose=0)
+    assert np.array_equal(model.embedding.weight, before)
+    model = WithSegments()
+    Trainer(model, optim.SGD(0.1), objective=CausalLM()).fit(
+        PackedBatches(documents, 2, 7, seed=0), verbose=0
+    )
