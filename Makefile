@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check format bench soak soak-memory clean
+.PHONY: help setup demo test check format bench soak soak-loader soak-memory soak-ranks clean
 
 help:
 	@echo "make demo    train on handwritten digits (sets up .venv first)"
@@ -13,7 +13,9 @@ help:
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make bench   print the benchmarks"
 	@echo "make soak    kill and resume a run hundreds of times"
+	@echo "make soak-loader  leave a loader's processes early, 50 times"
 	@echo "make soak-memory  look at memory over many steps of varying shapes"
+	@echo "make soak-ranks  let ranks fail at random, a hundred times"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(STAMP)
@@ -59,10 +61,17 @@ bench: setup
 	$(BIN)/python benchmarks/chunked_loss.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/distributed.py
 
 soak: setup
 	$(BIN)/python tests/soak.py --stages 250 --kills 300
 	$(BIN)/python tests/soak.py --fresh --kills 30
+
+soak-loader: setup
+	$(BIN)/python tests/soak_loader.py --times 50 --workers 2
+
+soak-ranks: setup
+	$(BIN)/python tests/soak_ranks.py --rounds 100
 
 soak-memory: setup
 	$(BIN)/python tests/soak_memory.py

@@ -1,4 +1,4 @@
-"""What does a batch cost, against PyTorch's DataLoader with no and with two workers?
+"""What does a batch cost, against PyTorch's DataLoader with no and with two workers, and mlx-data?
 
 Images: 60,000 of 28 x 28 pixels in memory (uint8) to float batches of 64. Tokens: 100,000 lists to
 padded batches of 64. Slow rows: a Python transform of about 1 ms a row. Ours and theirs run in
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlx_fit.data import DataLoader, MapBatches, open_arrays
+from mlx_fit.data import DataLoader, MapBatches, from_mlx_data, open_arrays
 from mlx_fit.text import BucketBatches
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
@@ -111,6 +111,18 @@ def torch_loader(dataset: torch.utils.data.Dataset, **options: object) -> Iterab
     return torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True, **options)
 
 
+def mlx_data_images(x: np.ndarray, y: np.ndarray, num_threads: int) -> Iterable | None:
+    """The images by mlx-data, scaled by whole batches; None where it is not installed."""
+    try:
+        import mlx.data as mlx_data
+    except ImportError:
+        return None
+    samples = [{"x": image, "y": label} for image, label in zip(x, y, strict=True)]
+    stream = mlx_data.buffer_from_vector(samples).shuffle().to_stream().batch(BATCH_SIZE)
+    stream = stream.key_transform("x", lambda images: images.astype(np.float32) / 255)
+    return from_mlx_data(stream.prefetch(8, num_threads) if num_threads else stream)
+
+
 def anonymous_mb() -> float:
     """Memory of this process that is not mapped from files (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -153,7 +165,7 @@ def main() -> None:
 
     masked = [(row, [1] * len(row)) for row in rows]
     bucketed = BucketBatches(masked, BATCH_SIZE, seed=0)
-    print("| a batch of | ours, ms | torch, ms | torch / ours |")
+    print("| a batch of | ours, ms | theirs, ms | theirs / ours |")
     print("|---|---|---|---|")
     for num in (0, 2):
         with_workers = f"torch with {num} workers"
@@ -182,6 +194,11 @@ def main() -> None:
             ),
             lambda num=num: torch_loader(SlowRows(), num_workers=num, persistent_workers=num > 0),
         )
+    for num_threads in (0, 2):
+        stream = mlx_data_images(x, y, num_threads)
+        if stream is not None:
+            name = f"60,000 images in memory, by MapBatches; mlx-data with {num_threads} threads"
+            compare(name, images, lambda stream=stream: stream)
     mapped_epoch()
 
 

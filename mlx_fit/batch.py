@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_fit._tree import leaves
 from mlx_fit.errors import DataError
+from mlx_fit.foreign import is_torch_tensor
 
 PLAIN = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefd")  # dtypes that MLX takes as they are
 
@@ -83,13 +84,6 @@ def to_mlx(batch: Any) -> Any:
 
 def _is_plain(array: np.ndarray) -> bool:
     return array.dtype in PLAIN and array.flags.c_contiguous
-
-
-def is_torch_tensor(value: object) -> bool:
-    """Whether ``value`` is a PyTorch tensor; PyTorch is not imported to tell."""
-    if isinstance(value, np.ndarray):
-        return False  # soon told, of most
-    return any(k.__module__ == "torch" and k.__name__ == "Tensor" for k in type(value).__mro__)
 
 
 def _from_torch(tensor: Any) -> mx.array:

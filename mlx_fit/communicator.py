@@ -5,7 +5,7 @@ Every function here that takes a communicator is collective: all ranks call it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.errors import ConfigurationError, DistributedError
 from mlx_fit.logs import Rows, Sums
 from mlx_fit.messages import describe_error, error_of, pack, unpack
 from mlx_fit.protocols import Communicator
@@ -29,6 +29,8 @@ class Alone:
         self.rank = 0
         self.size = 1
         self.uneven = "join"
+        self.balances = False
+        self.rates: tuple[float, ...] | None = None
 
     def gather(self, message: bytes) -> list[bytes]:
         """Its own message."""
@@ -61,16 +63,38 @@ def reporting(ranks: Communicator) -> Iterator[None]:
         raise
 
 
-def gather(ranks: Communicator, value: Any) -> list[Any]:
-    """Values of all ranks, by rank: plain ones, NumPy arrays, trees of them."""
-    return [value] if ranks.size == 1 else [unpack(m) for m in ranks.gather(pack(value))]
+def gather(ranks: Communicator, value: Any, what: str = "values") -> list[Any]:
+    """Values of all ranks, by rank: plain ones, NumPy arrays, trees of them.
+
+    Args:
+        ranks: the ranks.
+        value: this rank's.
+        what: what it is, by which ranks notice that they are not at the same place.
+
+    Raises:
+        DistributedError: another rank has sent something else.
+    """
+    if ranks.size == 1:
+        return [value]
+    messages = [unpack(message) for message in ranks.gather(pack([what, value]))]
+    others = {rank: name for rank, (name, _) in enumerate(messages) if name != what}
+    if others:
+        rank, name = others.popitem()
+        error = DistributedError(
+            f"Rank {ranks.rank} exchanges {what!r} and rank {rank} {name!r}: they are not at the "
+            "same place. All ranks must call fit, evaluate, predict, save and load together, with "
+            "equal arguments."
+        )
+        ranks.knows(error)
+        raise error
+    return [found for _, found in messages]
 
 
 def of_first(ranks: Communicator, value: T) -> T:
     """Rank 0's value."""
     if ranks.size == 1:
         return value
-    found: T = unpack(ranks.gather(pack(value if ranks.rank == 0 else None))[0])
+    found: T = gather(ranks, value if ranks.rank == 0 else None, "rank 0's value")[0]
     return found
 
 
@@ -78,7 +102,7 @@ def first_known(ranks: Communicator, value: T | None) -> T | None:
     """The value of the first rank that has one."""
     if ranks.size == 1:
         return value
-    found = gather(ranks, value)
+    found = gather(ranks, value, "a value that is known")
     return next((each for each in found if each is not None), None)
 
 
@@ -91,7 +115,7 @@ def together(ranks: Communicator, act: Callable[[], T], step: int = 0) -> T:
         result = act()
     except Exception as error:
         failure = error
-    described = gather(ranks, None if failure is None else describe_error(failure))
+    described = gather(ranks, None if failure is None else describe_error(failure), "errors")
     if failure is None:
         failed = [(rank, other) for rank, other in enumerate(described) if other is not None]
         failure = error_of(failed[0][1], failed[0][0], step) if failed else None
@@ -124,23 +148,29 @@ def first_alone(ranks: Communicator, act: Callable[[], T], step: int = 0) -> T:
     return found[0]
 
 
-def check_same(ranks: Communicator, what: str, value: Any) -> None:
+def check_same(ranks: Communicator, settings: Mapping[str, Any]) -> None:
     """Raise on all ranks unless they have equal plain values.
 
+    Args:
+        ranks: the ranks.
+        settings: what a value is, for the message -> the value.
+
     Raises:
-        ConfigurationError: names the first rank that differs from rank 0, and both values.
+        ConfigurationError: names the first that differs, and both values.
     """
     if ranks.size == 1:
         return
-    found = gather(ranks, value)
+    found = gather(ranks, {what: repr(v) for what, v in settings.items()}, "settings")
     for rank, other in enumerate(found):
-        if other != found[0]:
-            error = ConfigurationError(
-                f"{what} is {found[0]!r} on rank 0 and {other!r} on rank {rank}; all ranks need "
-                "the same."
-            )
-            ranks.knows(error)
-            raise error
+        if other == found[0]:
+            continue
+        what = next((k for k in [*found[0], *other] if found[0].get(k) != other.get(k)), "order")
+        error = ConfigurationError(
+            f"{what} is {found[0].get(what, 'missing')} on rank 0 and "
+            f"{other.get(what, 'missing')} on rank {rank}; all ranks need the same."
+        )
+        ranks.knows(error)
+        raise error
 
 
 def joined_rows(ranks: Communicator, tree: Any) -> Any:
@@ -153,7 +183,7 @@ def joined_rows(ranks: Communicator, tree: Any) -> Any:
     Returns:
         None where no rank has any.
     """
-    trees = [other for other in gather(ranks, tree) if other is not None]
+    trees = [other for other in gather(ranks, tree, "rows") if other is not None]
     return _concatenated(trees) if trees else None
 
 
@@ -200,7 +230,7 @@ def join_sums(ranks: Communicator, sums: Sums) -> None:
     if ranks.size == 1:
         return
     own = {"totals": sums.fold(), "slices": sums.layout.plain()}
-    known = [found for found in gather(ranks, own) if found["slices"]]
+    known = [found for found in gather(ranks, own, "sums") if found["slices"]]
     if known:
         sums.widen(max(found["totals"].size for found in known))
         if not sums.layout.slices:
@@ -223,11 +253,13 @@ class Shared:
             to update with.
         vector: packed sums of the window's logs.
         logs_skip: whether these say that the window was left out.
+        is_update: whether it counts, on all ranks together.
     """
 
     window: list[Any]
     vector: mx.array
     logs_skip: bool
+    is_update: bool
 
 
 class Votes(Protocol):
@@ -262,5 +294,14 @@ class Exchange(Protocol):
             number: of the window, from 0.
         """
 
-    def update(self, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
-        """Apply a window; ``apply`` does what one process would do, and returns what is logged."""
+    def update(self, model: nn.Module, apply: Callable[[], mx.array] | None) -> mx.array | None:
+        """Make the update of a window that counts; collective.
+
+        Args:
+            model: what is updated.
+            apply: does what one process would do, and returns what is logged of it; None on a rank
+                that has nothing to update with.
+        """
+
+    def finish(self, model: nn.Module) -> None:
+        """The fit ends; collective."""

@@ -25,6 +25,7 @@ __all__ = [
     "MlxFitError",
     "NonFiniteLossError",
     "OutOfMemoryError",
+    "ParameterDesyncError",
     "PeerError",
     "PeerLostError",
     "PlanMismatchError",
@@ -336,6 +337,15 @@ class PlanMismatchError(DistributedError):
         self.first = first
         self.ranks = list(ranks)
         self.values = list(values)
+        super().__init__(message)
+
+
+class ParameterDesyncError(DistributedError):
+    """Ranks that should have equal weights have not. Attributes: step, first (a parameter)."""
+
+    def __init__(self, message: str, *, step: int, first: str) -> None:
+        self.step = step
+        self.first = first
         super().__init__(message)
 
 

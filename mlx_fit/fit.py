@@ -103,6 +103,8 @@ class Fit:
             self._ending.agree()
             if self._ending.stops or self._ending.signal:
                 break
+        if self._step.exchange is not None:
+            self._step.exchange.finish(run.model)
         self._at.save_end()
         if self._at.phase == BATCHES:
             self._at.recorder.record(run.epoch)  # what a signal has cut off
@@ -146,6 +148,7 @@ class Fit:
         at.recorder.start_epoch()
         at.forget_kept()  # held on to, it would double the memory of training
         batches = self._batches()
+        run.pace.restart()
         if at.phase != EPOCH_END:
             at.phase = BATCHES
             self._train(batches)
@@ -187,6 +190,7 @@ class Fit:
             self._callbacks.bound("on_train_batch_begin"),
             always,
             self._is_over,
+            self._run.pace,
             displays,
         )
         if step.window_open:
@@ -195,6 +199,7 @@ class Fit:
             self._is_over()
         step.drain()
         self._check_loss()
+        self._run.pace.stop()
         self._at.is_cut = self._ending.stops and not self._feed.has_ended
 
     def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
@@ -234,7 +239,8 @@ class Fit:
         if not step.window_open and (
             step.num_windows >= self._at.next_event or perf_counter() >= ending.save_at
         ):
-            self._event()
+            with self._run.pace.paused():
+                self._event()
         return ending.is_now(step.window_open)
 
     def _event(self) -> None:

@@ -167,7 +167,10 @@ class FitState:
             return
         self._check()
         state = self._kept or self.state()
-        self._saver.save(state, _mark(state))
+        if (mark := _mark(state)) != self._saver.saved:
+            self._callbacks.call("on_save_begin", {})
+            self._saver.save(state, mark)
+            self._callbacks.call("on_save_end", {})
         self._ending.set_clock(self._saver.due_at)
 
     def save_end(self) -> None:

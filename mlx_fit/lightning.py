@@ -18,34 +18,10 @@ import mlx.optimizers as optim
 
 from mlx_fit.data.data_module import fit_loaders
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.habits import REPLACED
 from mlx_fit.trainer import Trainer
 
 __all__ = ["LightningModule", "lightning_trainer", "loaders"]
-
-# What PyTorch code calls on losses, tensors and modules, and what takes its place here.
-_REPLACED = {
-    "backward": "return the loss; the trainer differentiates it",
-    "manual_backward": "return the loss; the trainer differentiates it",
-    "optimizers": "return the loss; the trainer updates the weights",
-    "zero_grad": "return the loss; gradients are made anew for every update",
-    "detach": "use mx.stop_gradient(x)",
-    "requires_grad_": "use module.freeze() or module.unfreeze()",
-    "requires_grad": "use module.freeze() or module.unfreeze()",
-    "cuda": "leave it out: arrays are in unified memory; DeviceConfig chooses the device",
-    "to": "leave it out, or use x.astype(dtype); DeviceConfig chooses the device",
-    "device": "leave it out: arrays are in unified memory; DeviceConfig chooses the device",
-    "cpu": "leave it out: arrays are in unified memory",
-    "numpy": "leave values as arrays inside of a step: it is compiled",
-    "register_hook": "MLX has no hooks on gradients; use mx.custom_function",
-    "register_forward_hook": "MLX has no hooks; override __call__",
-    "clip_gradients": "give clip_norm= or clip_value= to lightning_trainer",
-    "float": "use x.astype(mx.float32)",
-    "long": "use x.astype(mx.int32)",
-    "view": "use x.reshape(...); MLX's view changes the dtype",
-    "permute": "use x.transpose(...)",
-    "unsqueeze": "use mx.expand_dims(x, axis)",
-    "size": "use x.shape; x.size is the number of elements",
-}
 
 
 class _Log:
@@ -221,7 +197,7 @@ def _explained(step: Any, batch: Any) -> Any:
     try:
         return step(batch, None) if takes_index else step(batch)
     except AttributeError as error:
-        remedy = _REPLACED.get(error.name or "")
+        remedy = REPLACED.get(error.name or "")
         if remedy is None:
             raise
         raise ConfigurationError(

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from mlx_fit.logs import Logs, Sums
+from mlx_fit.pace import Pace
 
 
 class Step(Protocol):
@@ -38,6 +39,7 @@ def run_batches(
     begin_hooks: list[Hook],
     end_hooks: list[Hook],
     is_over: Callable[[], bool],
+    pace: Pace,
     displays: Sequence[tuple[Display, Hook]] = (),
 ) -> None:
     """Take batches until they end or ``is_over()`` says so, and tell the hooks of each.
@@ -49,9 +51,13 @@ def run_batches(
         step: what takes them.
         begin_hooks, end_hooks: called before and after each batch.
         is_over: asked after each batch.
+        pace: is told of the wait for each batch.
         displays: called after the batches for which they are due.
     """
+    asked = perf_counter()
     for index, batch in enumerate(batches):
+        pace.waited += perf_counter() - asked
+        pace.num_batches += 1
         for hook in begin_hooks:
             hook(index, {})
         step(batch)
@@ -66,3 +72,4 @@ def run_batches(
                 hook(index, Logs(step.sums) if logs is None else logs)
         if is_over():
             break
+        asked = perf_counter()

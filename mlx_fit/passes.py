@@ -18,6 +18,7 @@ from mlx_fit.data.sources import Source
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.loop import Step, run_batches
 from mlx_fit.modes import evaluation_mode
+from mlx_fit.pace import Pace
 from mlx_fit.protocols import Run, RunInfo
 from mlx_fit.splitting import Splitter, SplittingEvaluation
 
@@ -69,6 +70,7 @@ def evaluate_pass(
                 callbacks.bound("on_test_batch_begin"),
                 callbacks.bound("on_test_batch_end"),
                 stops,
+                Pace(),
             )
     finally:
         step.is_running = False
@@ -129,7 +131,7 @@ def _is_last(run: Run, batch: Any) -> bool:
     ranks, has_ended = run.communicator, batch is _END
     if ranks.size == 1:
         return has_ended
-    votes = gather(ranks, [has_ended, run.stop_predicting])
+    votes = gather(ranks, [has_ended, run.stop_predicting], "predictions")
     return all(ended for ended, _ in votes) or any(stops for _, stops in votes)
 
 

@@ -84,7 +84,7 @@ def prepare_fit(
     weigh = _class_weights(class_weight, objective)
     train, val = split_validation(train, val, validation_split)
     store, found = first_alone(ranks, partial(open_store, checkpoint_dir, checkpoint_every, resume))
-    check_same(ranks, "The checkpoint to resume", None if found is None else str(found[0]))
+    check_same(ranks, {"The checkpoint to resume": None if found is None else str(found[0])})
     if found is not None:
         saved = found[1].trainer["order_seed"]
         check_seed(order.given_seed, saved)
@@ -107,6 +107,8 @@ def prepare_fit(
     }
     if store is not None:
         arguments["checkpoint_every"] = policy.every
+    agreed = arguments | {"batch_size": batch_size, "checkpoint_dir": store is not None}
+    check_same(ranks, {f"fit's {name}": value for name, value in agreed.items()})
     return Prepared(
         schedule,
         Feed(source, schedule.steps_per_epoch, start),

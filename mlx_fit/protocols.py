@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_fit.pace import Pace
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -54,11 +56,15 @@ class Communicator(Protocol):
         size: how many there are.
         uneven: ``"join"``: ranks whose own data has ended take part without samples until all have
             ended. ``"stop"``: all end with the first.
+        balances: whether faster ranks are to read more of a batch.
+        rates: rows a second of each rank, in any unit; None: all are alike.
     """
 
     rank: int
     size: int
     uneven: str
+    balances: bool
+    rates: tuple[float, ...] | None
 
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all ranks, by rank. All of them call it at the same place."""
@@ -92,10 +98,12 @@ class Run(Protocol):
     Attributes:
         averages: the callback that averages the weights of this fit, or None.
         communicator: the ranks that train together; one, for a plain trainer.
+        pace: the clock of the epoch's training.
     """
 
     averages: Averages | None
     communicator: Communicator
+    pace: Pace
     model: nn.Module
     optimizer: Any
     epoch: int

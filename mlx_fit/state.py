@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,33 @@ class TrainState:
     arguments: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+
+class PartialOptimizer(ABC):
+    """An optimizer of which every rank holds a part. Its methods here are collective."""
+
+    @abstractmethod
+    def whole_state(self) -> dict[str, mx.array]:
+        """The state as if it had not been spread, by name."""
+
+    @abstractmethod
+    def load_whole_state(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take this rank's part of a whole state."""
+
+
+def optimizer_arrays(optimizer: Any) -> dict[str, mx.array]:
+    """The whole state of an optimizer by name."""
+    if isinstance(optimizer, PartialOptimizer):
+        return optimizer.whole_state()
+    return {} if optimizer is None else dict(named_arrays(optimizer.state))
+
+
+def put_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
+    """Put arrays that were checked into an optimizer's state, in place."""
+    if isinstance(optimizer, PartialOptimizer):
+        optimizer.load_whole_state(arrays)
+    else:
+        assign(optimizer.state, arrays.items())
 
 
 def without_arrays(state: TrainState) -> TrainState:
@@ -231,12 +259,12 @@ def load_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
         CheckpointMismatchError: the state is another optimizer's, or another model's.
     """
     check_optimizer(optimizer, arrays)
-    assign(optimizer.state, arrays.items())
+    put_optimizer(optimizer, arrays)
 
 
 def check_optimizer(optimizer: Any, arrays: Mapping[str, mx.array]) -> None:
     """Raise unless arrays fit an initialised optimizer's state by name and shape."""
-    mine = dict(named_arrays(optimizer.state))
+    mine = optimizer_arrays(optimizer)
     missing, extra = sorted(mine.keys() - arrays.keys()), sorted(arrays.keys() - mine.keys())
     misshapen = {
         name: (tuple(arrays[name].shape), tuple(mine[name].shape))

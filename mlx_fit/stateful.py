@@ -20,6 +20,7 @@ from mlx_fit.checkpoint.store import write_folder
 from mlx_fit.communicator import ALONE, first_alone, on_first, together
 from mlx_fit.fit import Fit
 from mlx_fit.history import History
+from mlx_fit.pace import Pace
 from mlx_fit.protocols import Averages, Communicator, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
@@ -29,6 +30,7 @@ from mlx_fit.state import (
     check_buffers,
     load_optimizer,
     load_parameters,
+    optimizer_arrays,
     put_buffers,
     read_arrays,
     save_weights,
@@ -52,6 +54,7 @@ class Stateful(ABC):
         history: of the newest fit, None before the first.
         averages: the callback that averages the weights of this fit, or None.
         communicator: the ranks that train together; one, for a plain trainer.
+        pace: the clock of the epoch's training.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, seed: int | None) -> None:
@@ -61,6 +64,7 @@ class Stateful(ABC):
         self.history: History | None = None
         self.averages: Averages | None = None
         self.communicator: Communicator = ALONE
+        self.pace = Pace()
         self._seed = seed
         self._order_seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
         self._is_seeded = False
@@ -154,7 +158,7 @@ class Stateful(ABC):
         return {
             "model": dict(named_arrays(self.model.parameters())),
             "buffers": named_buffers(self.model),
-            "optimizer": dict(named_arrays(self.optimizer.state)) if self.optimizer else {},
+            "optimizer": optimizer_arrays(self.optimizer),
             "loss_scale": dict(self._scaling),
             "random_key": RandomState().words,
             "step": self.step,

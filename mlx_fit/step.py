@@ -24,6 +24,7 @@ from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
+from mlx_fit.habits import explain
 from mlx_fit.logs import FOLD
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
@@ -187,6 +188,7 @@ class TrainStep(StepState):
                 )
             return self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
         except Exception as error:
+            explain(error)
             error.add_note(f"In the training step, for the batch {describe(batch)}.")
             self.is_whole = True  # a trace that fails leaves everything as it was
             raise
@@ -196,11 +198,7 @@ class TrainStep(StepState):
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""
         if self.exchange is not None:
-            self._window = self._shared_window(self.exchange)
-        if self._window and self.exchange is not None:
-            flush = partial(self._flush, 0, self._window)
-            self.sums.extend_batch(self.exchange.update(self.model, flush))
-            self._window = []
+            self._close_together(self.exchange)
         elif self._window:
             self.sums.pending.append(self._flush(0, self._window))
             self.sums.tags.append(self.num_windows + 1)
@@ -211,16 +209,21 @@ class TrainStep(StepState):
         self.num_windows += 1
         self.window_open = False
 
-    def _shared_window(self, exchange: Exchange) -> list[Any]:
-        """The window of all ranks, and their sums in place of this rank's."""
+    def _close_together(self, exchange: Exchange) -> None:
+        """Close the window of all ranks; their sums take the place of this rank's."""
         self.is_whole = False
         sums = self.sums
         shared = exchange.close(self.model, self._window, sums, self.num_windows)
-        sums.batch, sums.open = shared.vector, []
+        self._window, sums.open, sums.batch = [], [], shared.vector
         sums.pending.append(shared.vector)
         sums.tags.append(self.num_windows + 1)
-        self.num_skipped -= shared.logs_skip
-        return shared.window
+        if shared.is_update:
+            flush = partial(self._flush, 0, shared.window) if shared.window else None
+            vector = exchange.update(self.model, flush)
+            if vector is not None:
+                sums.extend_batch(vector)
+        elif not shared.logs_skip:
+            self.num_skipped += 1
 
     def settle(self) -> None:
         """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""

@@ -21,11 +21,12 @@ from mlx_fit.arguments import (
     concatenate,
     evaluation_source,
 )
-from mlx_fit.callbacks.base import CallbackList
+from mlx_fit.callbacks.base import Callback, CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
-from mlx_fit.communicator import Exchange, reporting
+from mlx_fit.communicator import ALONE, Exchange, reporting
+from mlx_fit.data.data_module import torn_down
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
@@ -146,6 +147,7 @@ class Trainer(Stateful):
         # all of them start with the same.
         self._make_exchange: Callable[[StepOptions, bool], Exchange | None] = _no_exchange
         self._align: Callable[[], None] = _nothing_to_align
+        self._own_callbacks: list[Callback] = []
         self._evaluation_step: EvaluationStep | None = None
         self._prediction_step: PredictionStep | None = None
 
@@ -228,14 +230,13 @@ class Trainer(Stateful):
                 resume=resume,
             )
         interruption = Interruption()
-        with training_mode(self.model), watched(interruption):
+        with torn_down(train, "fit"), training_mode(self.model), watched(interruption):
             self._seed_once()
             with reporting(self.communicator):
                 self._align()
             history = self._start_run(given, resolve_verbose(verbose))
             resumption = self._resume(given)
-            watchers = [callbacks, HistoryRecorder(history), progress(self.info.verbose)]
-            callback_list = CallbackList(watchers, self, history.params, self._is_first)
+            callback_list = self._watchers(callbacks, history)
             with self._computing(callback_list, trains=True):
                 self._fit = Fit(
                     self,
@@ -314,7 +315,8 @@ class Trainer(Stateful):
         source = evaluation_source(data, *self._evaluated(batch_size))
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         self.stop_evaluating = False
-        with seen_as(self, pass_info("evaluate", source, steps, verbose)):
+        info = pass_info("evaluate", source, steps, verbose)
+        with torn_down(data, "test"), seen_as(self, info):
             watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
             callback_list = CallbackList(watchers, self, params, self._is_first)
             with self._computing(callback_list):
@@ -357,11 +359,9 @@ class Trainer(Stateful):
         Returns:
             A tree like the model's outputs, each leaf of shape ``(rows, ...)``.
         """
-        parts = list(
-            self.predict_batches(
-                data, batch_size=batch_size, steps=steps, callbacks=callbacks, verbose=verbose
-            )
-        )
+        options = {"batch_size": batch_size, "steps": steps, "callbacks": callbacks}
+        with torn_down(data, "predict"):
+            parts = [*self.predict_batches(data, verbose=verbose, **options)]
         return tree_map(lambda *leaves: concatenate(leaves), parts[0], *parts[1:])
 
     def predict_batches(
@@ -392,9 +392,16 @@ class Trainer(Stateful):
         )
 
     def predict_on_batch(self, x: Any) -> Any:
-        """The model's outputs for one batch, ``x`` or ``(x, y)``, as NumPy arrays."""
+        """The model's outputs for one batch, ``x`` or ``(x, y)``, as NumPy arrays.
+
+        Of several ranks only the one that calls it computes; nothing is exchanged.
+        """
         batch = x if isinstance(x, (tuple, list)) else (x,)
-        return next(iter([*self.predict_batches([batch], verbose=0)]))
+        ranks, self.communicator = self.communicator, ALONE
+        try:
+            return next(iter([*self.predict_batches([batch], verbose=0)]))
+        finally:
+            self.communicator = ranks
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -473,6 +480,11 @@ class Trainer(Stateful):
         return self.batch_size if batch_size is None else batch_size, "data", self.communicator
 
     # --- preparation ------------------------------------------------------------------------------
+
+    def _watchers(self, callbacks: Any, history: History) -> CallbackList:
+        """The user's callbacks first, then history, then progress."""
+        own = [*self._own_callbacks, HistoryRecorder(history), progress(self.info.verbose)]
+        return CallbackList([callbacks, own], self, history.params, self._is_first)
 
     def _run_fit(self, given: Prepared) -> History:
         assert self._fit is not None

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from toys import Do, raising, ramp, trainer_of
 
 from mlx_fit import Trainer
 from mlx_fit.errors import ConfigurationError, DataError
@@ -199,3 +200,38 @@ def test_what_makes_no_loader_is_told(data):
         lightning_trainer(Classifier()).evaluate(DataModule(data, num_val=0))
     with pytest.raises(DataError, match="gives 2 loaders; evaluate them one by one"):
         lightning_trainer(Classifier()).evaluate(DataModule(data, num_val=2))
+
+
+class Torn:
+    """A data module that writes down what is called."""
+
+    def __init__(self):
+        self.called = []
+
+    def setup(self, stage):
+        self.called.append(("setup", stage))
+
+    def teardown(self, stage):
+        self.called.append(("teardown", stage))
+
+    def train_dataloader(self):
+        return ramp(2)
+
+    def val_dataloader(self):
+        return ramp(1)
+
+
+def test_a_data_module_is_told_that_its_stage_is_over():
+    data, trainer = Torn(), trainer_of()
+    trainer.fit(data, verbose=0)
+    trainer.evaluate(data, verbose=0)
+    trainer.predict(data, verbose=0)
+    stages = ("fit", "test", "predict")
+    assert data.called == [(what, stage) for stage in stages for what in ("setup", "teardown")]
+
+
+def test_a_data_module_is_told_after_an_error_as_well():
+    data = Torn()
+    with pytest.raises(KeyError):
+        trainer_of().fit(data, callbacks=Do("on_epoch_end", raising(KeyError("x"))), verbose=0)
+    assert data.called[-1] == ("teardown", "fit")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_fit.callbacks.lambda_callback import LambdaCallback
     from mlx_fit.callbacks.learning_rate_finder import LearningRateFinder, find_learning_rate
     from mlx_fit.callbacks.learning_rate_scheduler import LearningRateScheduler
+    from mlx_fit.callbacks.logger_callback import LoggerCallback
     from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
     from mlx_fit.callbacks.predictions import Predictions
     from mlx_fit.callbacks.profiler import Profiler
@@ -40,6 +41,7 @@ __all__ = [
     "LambdaCallback",
     "LearningRateFinder",
     "LearningRateScheduler",
+    "LoggerCallback",
     "ModelCheckpoint",
     "Predictions",
     "Profiler",
@@ -68,6 +70,7 @@ __getattr__, __dir__ = lazy(
             "find_learning_rate",
         ),
         "learning_rate_scheduler": ("LearningRateScheduler",),
+        "logger_callback": ("LoggerCallback",),
         "model_checkpoint": ("ModelCheckpoint",),
         "predictions": ("Predictions",),
         "profiler": ("Profiler",),

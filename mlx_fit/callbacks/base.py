@@ -100,6 +100,12 @@ class Callback:
         With ``validation_freq="500 steps"`` this happens inside epochs.
         """
 
+    def on_save_begin(self, logs: Any) -> None:
+        """Called before ``fit`` writes a checkpoint to its ``checkpoint_dir``."""
+
+    def on_save_end(self, logs: Any) -> None:
+        """Called when training goes on; in the background the files may still be written."""
+
     def on_exception(self, error: BaseException) -> None:
         """Called when ``fit`` ends by an exception, which then goes on to the caller."""
 

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_fit.callbacks.base import Callback
-from mlx_fit.callbacks.data_wait import DataWait
 from mlx_fit.checks import number
 from mlx_fit.runtime.memory import active_bytes, cache_bytes, peak_bytes
 from mlx_fit.runtime.utilisation import gpu_command, gpu_percent
@@ -32,7 +31,7 @@ class DeviceMonitor(Callback):
     - ``memory_active_mib``, ``memory_cache_mib``, ``memory_peak_mib``: what MLX holds in arrays,
       keeps for its next allocations, and held at most since the process began.
     - ``data_wait_ms``: the mean time from the end of a batch to the beginning of the next, without
-      evaluations.
+      evaluations and saves.
     - ``cpu_percent``: CPU time of this process in the epoch, of all that its cores have.
     - ``gpu_percent``: the mean of samples taken in the epoch, where MLX computes on a GPU and the
       system tells (``nvidia-smi``; ``ioreg`` on macOS). It is that of the whole GPU.
@@ -46,8 +45,6 @@ class DeviceMonitor(Callback):
 
     def __init__(self, interval: float = 1.0) -> None:
         self._interval = number("DeviceMonitor: interval", interval, 0.01)
-        self._wait = DataWait()
-        self._wait.listen(self)
         self._start = (0.0, 0.0)
         self._samples: list[float] = []
         self._stop = threading.Event()
@@ -68,15 +65,6 @@ class DeviceMonitor(Callback):
         """Start the clocks."""
         self._samples.clear()
         self._start = time.perf_counter(), time.process_time()
-        self._wait.start_epoch()
-
-    def on_test_begin(self, logs: Any) -> None:
-        """An evaluation is no wait."""
-        self._wait.evaluation_began()
-
-    def on_test_end(self, logs: Any) -> None:
-        """An evaluation is no wait."""
-        self._wait.evaluation_ended()
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Add the facts to the logs."""
@@ -85,7 +73,7 @@ class DeviceMonitor(Callback):
             "memory_active_mib": active_bytes() / MIB,
             "memory_cache_mib": cache_bytes() / MIB,
             "memory_peak_mib": peak_bytes() / MIB,
-            "data_wait_ms": self._wait.ms_per_batch,
+            "data_wait_ms": self.trainer.pace.wait_ms,
             "cpu_percent": 100 * cpu / (max(wall, 1e-9) * _num_cores()),
         }
         samples = list(self._samples)

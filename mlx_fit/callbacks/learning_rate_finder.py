@@ -140,9 +140,10 @@ class LearningRateFinder(Callback):
         losses = np.array(self.losses)
         usable = np.isfinite(losses)
         end = int(np.argmin(usable)) if not usable.all() else len(losses)
-        if end:
-            end = int(np.argmin(losses[:end])) + 1  # beyond the lowest loss nothing is gained
-        start = min(SKIPPED_STEPS, max(end - 3, 0))
+        start = min(SKIPPED_STEPS, max(end - 3, 0))  # means of few batches, lucky ones among them
+        if end > start:
+            # Beyond the lowest loss nothing is gained.
+            end = start + int(np.argmin(losses[start:end])) + 1
         if end - start < 3:
             return None
         slopes = np.gradient(losses[start:end])  # rates are evenly spaced in their logarithm

@@ -21,6 +21,7 @@ NEXT = {
     "on_train_batch_begin": "step",
     "on_train_batch_end": "data wait",
     "on_test_begin": "evaluation",
+    "on_save_begin": "checkpoints",
     "on_epoch_end": "other",
 }
 
@@ -31,10 +32,11 @@ class Profiler(HookWatcher):
     """Measures a fit by phase, prints a table at its end, and writes a trace for Chrome.
 
     The phases: ``data wait`` (from the end of a batch to the next), ``step``, ``evaluation``,
-    ``checkpoints`` (the hooks of :class:`ModelCheckpoint`), ``callbacks`` (the hooks of all
-    others, each also by itself) and ``other``. They add up to the whole time of the fit. On a GPU
-    steps run behind: ``step`` is then how long the host was busy with them or waited. The first
-    step of each shape contains its compilation; it stands in the column ``max ms``.
+    ``checkpoints`` (those of ``checkpoint_dir``, and the hooks of :class:`ModelCheckpoint`),
+    ``callbacks`` (the hooks of all others, each also by itself) and ``other``. They add up to the
+    whole time of the fit. On a GPU steps run behind: ``step`` is then how long the host was busy
+    with them or waited. The first step of each shape contains its compilation; it stands in the
+    column ``max ms``.
 
     Args:
         trace: path of a JSON file in Chrome's trace format, for ``chrome://tracing`` or Perfetto;
@@ -69,7 +71,7 @@ class Profiler(HookWatcher):
         self._events: list[tuple[str, str, float, float]] = []
         self._is_running = False
         self._phase = "other"
-        self._before = "other"  # what an evaluation interrupted
+        self._before = "other"  # what an evaluation or a save interrupted
         self._start = self._mark = 0.0
 
     # --- measuring --------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ class Profiler(HookWatcher):
             is_whole = CLOSED_BY.get(self._phase, hook) == hook
             ended = self._phase if is_whole else "other"
             self._add(ended, ended, self._mark, start)
-            if hook == "on_test_begin" and self._phase != "evaluation":
+            if hook in ("on_test_begin", "on_save_begin") and self._phase != NEXT[hook]:
                 self._before = self._phase
             try:
                 method(*arguments)
@@ -98,7 +100,8 @@ class Profiler(HookWatcher):
                 if owner is not self:
                     self._add(phase, name, start, self._mark)
                     self.hooks[name] = self.hooks.get(name, 0.0) + self._mark - start
-                self._phase = self._before if hook == "on_test_end" else NEXT.get(hook, self._phase)
+                is_back = hook in ("on_test_end", "on_save_end")
+                self._phase = self._before if is_back else NEXT.get(hook, self._phase)
 
         return timed
 
@@ -136,6 +139,12 @@ class Profiler(HookWatcher):
 
     def on_test_end(self, logs: Any) -> None:
         """The evaluation is over."""
+
+    def on_save_begin(self, logs: Any) -> None:
+        """A checkpoint is written."""
+
+    def on_save_end(self, logs: Any) -> None:
+        """Training goes on."""
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """The epoch is over."""

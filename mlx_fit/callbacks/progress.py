@@ -13,9 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_fit.callbacks.base import Callback
-from mlx_fit.callbacks.format import format_seconds, format_values, summary_line, values_of
+from mlx_fit.callbacks.format import (
+    format_seconds,
+    format_share,
+    format_values,
+    summary_line,
+    values_of,
+)
 from mlx_fit.callbacks.screen import Notebook, Screen, Terminal, in_notebook
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.pace import Pace
 from mlx_fit.runtime.memory import active_bytes, format_bytes
 
 REDRAW_SECONDS = 0.1
@@ -53,7 +60,7 @@ class Lines(Callback):
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Print the epoch."""
         run = self.trainer
-        self._print(run.num_batches, run.info.steps_per_epoch, logs)
+        self._print(run.num_batches, run.info.steps_per_epoch, logs, run.pace)
 
     def on_test_begin(self, logs: Any) -> None:
         """Start the clock of a lone evaluation."""
@@ -69,9 +76,11 @@ class Lines(Callback):
         if self.trainer.info.kind == "evaluate":
             self._print(self._num_tested, self.trainer.info.steps_per_epoch, logs)
 
-    def _print(self, count: int, expected: int | None, logs: Mapping[str, Any]) -> None:
+    def _print(
+        self, count: int, expected: int | None, logs: Mapping[str, Any], pace: Pace | None = None
+    ) -> None:
         seconds = time.perf_counter() - self._start
-        print(summary_line(count, expected, seconds, logs), flush=True)
+        print(summary_line(count, expected, seconds, logs, pace), flush=True)
 
 
 @dataclass
@@ -82,17 +91,20 @@ class Bar:
     total: int | None = None
     count: int = 0
     start: float = field(default_factory=time.perf_counter)
+    is_counted: bool = True
+    pace: Pace | None = None
 
     def line(self, width: int, pieces: Iterable[str] = ()) -> str:
         """The bar in one line: as many of ``pieces`` as fit beside what must be there."""
         total = "?" if self.total is None else self.total
-        parts = [self.title, self._bar(width), f"{self.count}/{total}", self._time_left()]
+        count = f"{self.count}/{total}" if self.is_counted else ""
+        parts = [self.title, self._bar(width), count, self._time_left()]
         text = " ".join(part for part in parts if part)
         for piece in pieces:
             if len(text) + 3 + len(piece) >= width:
                 break
             text += f" - {piece}"
-        return text[: width - 1]
+        return text[: width - 1].rstrip()
 
     def _bar(self, width: int) -> str:
         if not self.total:
@@ -104,8 +116,10 @@ class Bar:
     def _time_left(self) -> str:
         if not self.total or not self.count:
             return ""
-        seconds = time.perf_counter() - self.start
-        return format_seconds(seconds / self.count * max(self.total - self.count, 0))
+        done, seconds = self.count, time.perf_counter() - self.start
+        if self.pace is not None:  # without what came before a resume, and without evaluations
+            done, seconds = self.pace.num_batches, self.pace.seconds
+        return format_seconds(seconds / max(done, 1) * max(self.total - self.count, 0))
 
 
 class Bars(Callback):
@@ -127,7 +141,9 @@ class Bars(Callback):
         info = self.trainer.info
         title = f"Epoch {epoch + 1}/{info.epochs}" if info.epochs > 1 else "Training"
         self._num_validated = 0
-        self._training = self._begin(title, info.steps_per_epoch or self._lengths.get("Training"))
+        total = info.steps_per_epoch or self._lengths.get("Training")
+        self._training = self._begin(title, total)
+        self._training.pace = self.trainer.pace
 
     def on_train_batch_end(self, batch: int, logs: Any) -> None:
         """Redraw: called only when the last time is long enough ago."""
@@ -141,7 +157,19 @@ class Bars(Callback):
         self._lengths["Training"] = bar.count = self.trainer.num_batches
         self._screen.clear()
         head = f"{bar.title} - " if info.epochs > 1 else ""
-        print(head + summary_line(bar.count, info.steps_per_epoch, seconds, logs), flush=True)
+        line = summary_line(bar.count, info.steps_per_epoch, seconds, logs, self.trainer.pace)
+        print(head + line, flush=True)
+
+    def on_save_begin(self, logs: Any) -> None:
+        """Say why training stands still."""
+        self._training.count = self.trainer.num_batches
+        self._current = Bar(f"Saving step {self.trainer.step}", is_counted=False)
+        self._draw({})
+
+    def on_save_end(self, logs: Any) -> None:
+        """Go back to the epoch's bar, with the next batch."""
+        self._current = self._training
+        self.due_at = 0.0
 
     def on_exception(self, error: BaseException) -> None:
         """Leave the terminal as it was."""
@@ -202,20 +230,31 @@ class Bars(Callback):
             self._draw({})
         return self._current
 
-    def _draw(self, logs: Any, facts: Callable[[], list[str]] | None = None) -> None:
+    def _draw(self, logs: Any, facts: Callable[[Any], list[str]] | None = None) -> None:
         # Reading logs and facts waits for the device: the price of a redraw, not of a batch.
-        pieces = [*values_of(logs), *(facts() if facts else [])]
+        pieces = [*values_of(logs), *(facts(logs) if facts else [])]
         width, current = self._screen.width, self._current
         above = [] if current is self._training else [self._training.line(width)]
         lines = [*(above if self._training.title else []), current.line(width, pieces)]
         self._screen.draw(lines)
         self.due_at = time.perf_counter() + REDRAW_SECONDS
 
-    def _facts(self) -> list[str]:
-        info, bar = self.trainer.info, self._training
-        seconds = max(time.perf_counter() - bar.start, 1e-9)
-        each, unit = (info.batch_size, "examples") if info.batch_size else (1, "steps")
-        facts = [f"{bar.count * each / seconds:,.0f} {unit}/s", format_bytes(active_bytes())]
+    def _facts(self, logs: Any) -> list[str]:
+        pace = self.trainer.pace
+        each, unit = self._work_of_a_batch(logs)
+        rate = pace.num_batches * each / pace.seconds
+        facts = [
+            f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2f} {unit}/s",
+            f"{format_share(pace)} data wait",
+            format_bytes(active_bytes()),
+        ]
         if (learning_rate := self.trainer.learning_rate) is not None:
             facts.insert(0, f"lr {learning_rate:.2e}")
         return facts
+
+    def _work_of_a_batch(self, logs: Any) -> tuple[float, str]:
+        """What a batch holds: tokens where they are counted, else rows, else itself."""
+        if num_tokens := logs.get("num_tokens"):
+            return num_tokens / max(self.trainer.num_batches, 1), "tokens"
+        size = self.trainer.info.batch_size
+        return (size, "examples") if size else (1, "steps")

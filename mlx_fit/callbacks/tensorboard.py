@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 from mlx_fit._tree import named_arrays
 from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.callbacks.board_hparams import experiment, session_end, session_start
-from mlx_fit.callbacks.data_wait import DataWait
 from mlx_fit.callbacks.event_files import open_writer, purge
 from mlx_fit.callbacks.pictures import as_pixels, heat_map, png
 from mlx_fit.checks import natural
@@ -34,7 +32,7 @@ class TensorBoard(Callback):
     ``batch_loss`` by batches since the fit began. ``perf/step_time_ms``, ``perf/data_wait_ms``
     (from the end of a batch to the next), ``perf/examples_per_second`` (where batches are made
     here) and ``perf/active_memory_mib``, ``perf/cache_memory_mib``, ``perf/peak_memory_mib`` are
-    by epoch.
+    by epoch; evaluations and saves are no part of an epoch's time there.
 
     A logged matrix (``confusion_matrix``) becomes a picture, each row scaled by itself; a dict of
     numbers (``layer_grad_norms``) a curve for each name; a dict of lists ``{"true_positives": ...,
@@ -86,11 +84,8 @@ class TensorBoard(Callback):
         self._is_running = False
         self._num_batches = 0
         self._num_epochs = 0
-        self._start = 0.0
         self._first_step = 0
-        self._wait = DataWait()
-        # A batch costs two looks at the clock, and no detour through this class.
-        self._wait.listen(self)
+        # A batch costs no detour through this class, and without a batch frequency nothing.
         if self._every and type(self).on_train_batch_end is Callback.on_train_batch_end:
             self.on_train_batch_end = self._write_batch  # type: ignore[method-assign]
 
@@ -108,24 +103,13 @@ class TensorBoard(Callback):
         self._writer("train")  # a folder that cannot be written shows before training, not after
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
-        """Start the clocks."""
-        self._start = time.perf_counter()
+        """Note where the epoch starts."""
         self._first_step = self.trainer.step
-        self._wait.start_epoch()
 
     def _write_batch(self, batch: int, logs: Any) -> None:
         self._num_batches += 1
         if self._num_batches % self._every == 0:
             self._write("train", "batch_{}", logs, self._num_batches)
-        self._wait.batch_ended(batch, logs)
-
-    def on_test_begin(self, logs: Any) -> None:
-        """An evaluation is no wait for data."""
-        self._wait.evaluation_began()
-
-    def on_test_end(self, logs: Any) -> None:
-        """An evaluation is no wait for data."""
-        self._wait.evaluation_ended()
 
     def on_validation_end(self, logs: Any) -> None:
         """Write an evaluation by its step."""
@@ -211,11 +195,11 @@ class TensorBoard(Callback):
     # --- writing ----------------------------------------------------------------------------------
 
     def _speed(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._start
+        seconds = self.trainer.pace.seconds
         num_steps = max(self.trainer.step - self._first_step, 1)
         speed = {
             "step_time_ms": 1e3 * seconds / num_steps,
-            "data_wait_ms": self._wait.ms_per_batch,
+            "data_wait_ms": self.trainer.pace.wait_ms,
             "active_memory_mib": active_bytes() / MIB,
             "cache_memory_mib": cache_bytes() / MIB,
             "peak_memory_mib": peak_bytes() / MIB,

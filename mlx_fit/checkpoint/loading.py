@@ -16,7 +16,13 @@ from mlx_fit.checkpoint.arrays import sha256_of
 from mlx_fit.checkpoint.format import frozen_names
 from mlx_fit.errors import CheckpointMismatchError
 from mlx_fit.rates import follow_schedules
-from mlx_fit.state import check_buffers, check_optimizer, check_parameters, put_buffers
+from mlx_fit.state import (
+    check_buffers,
+    check_optimizer,
+    check_parameters,
+    put_buffers,
+    put_optimizer,
+)
 from mlx_fit.trainable import trainable_names
 
 
@@ -80,7 +86,7 @@ def put_state(
     if optimizer is not None and with_optimizer and state["optimizer"]:
         optimizer.init(model.trainable_parameters())
         check_optimizer(optimizer, state["optimizer"])
-        assign(optimizer.state, state["optimizer"].items())
+        put_optimizer(optimizer, state["optimizer"])
         follow_schedules(optimizer)
     if scaling.keys() == state["loss_scale"].keys():
         scaling.update(state["loss_scale"])

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mlx_fit.data.loader import DataLoader
     from mlx_fit.data.map_batches import MapBatches
     from mlx_fit.data.mapped import open_arrays
-    from mlx_fit.data.samplers import StratifiedSampler, WeightedRandomSampler
+    from mlx_fit.data.mlx_data import from_mlx_data
+    from mlx_fit.data.samplers import RowGroupSampler, StratifiedSampler, WeightedRandomSampler
+    from mlx_fit.data.table import open_table
 
 
 __all__ = [
@@ -22,10 +24,13 @@ __all__ = [
     "ImageFolder",
     "Map",
     "MapBatches",
+    "RowGroupSampler",
     "StratifiedSampler",
     "Subset",
     "WeightedRandomSampler",
+    "from_mlx_data",
     "open_arrays",
+    "open_table",
     "order",
     "random_split",
     "read_csv",
@@ -46,9 +51,12 @@ __getattr__, __dir__ = lazy(
         "loader": ("DataLoader",),
         "map_batches": ("MapBatches",),
         "mapped": ("open_arrays",),
+        "mlx_data": ("from_mlx_data",),
         "samplers": (
+            "RowGroupSampler",
             "StratifiedSampler",
             "WeightedRandomSampler",
         ),
+        "table": ("open_table",),
     },
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_fit.batch import is_torch_tensor
+from mlx_fit.errors import DataError
+from mlx_fit.foreign import is_mlx_array, is_torch_tensor, widened
 
 __all__ = [
     "batch_dtype",
@@ -33,7 +33,7 @@ def is_array(value: object) -> bool:
     if isinstance(value, list):
         first = value[0] if value else 0
         return is_scalar(first) or (isinstance(first, list) and is_array(first))
-    return isinstance(value, mx.array) or hasattr(value, "__array__")
+    return hasattr(value, "__array__") or is_mlx_array(value)
 
 
 def is_scalar(value: object) -> bool:
@@ -49,16 +49,34 @@ def is_named_tuple(value: object) -> bool:
 def to_numpy(value: Any) -> np.ndarray:
     """``value`` as a NumPy array, a view where possible; MLX is evaluated, bfloat16 widened.
 
-    PyTorch's tensors may be on a device and need gradients. Memory maps become plain arrays over
-    the same file, whose indexing is cheaper.
+    PyTorch's tensors may be on a device and need gradients; those of bfloat16 and float8 are
+    widened, too. A list of strings gives an array of Python objects. Memory maps become plain
+    arrays over the same file, whose indexing is cheaper.
+
+    Raises:
+        DataError: a tensor that is sparse or without data (on ``meta``).
     """
-    if isinstance(value, mx.array) and value.dtype == mx.bfloat16:
-        value = value.astype(mx.float32)
+    if is_mlx_array(value):
+        value = widened(value)
     elif is_torch_tensor(value):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":
-            value = value.float()
+        return _from_torch(value)
+    elif isinstance(value, list) and value and isinstance(value[0], str | bytes):
+        # As objects: NumPy's own strings lose zero bytes at their end, and all take the longest's.
+        return np.array(value, dtype=object)
     return np.asarray(value)
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if str(tensor.dtype).startswith(("torch.bfloat16", "torch.float8")):
+            tensor = tensor.float()  # NumPy has no such dtype
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            f"NumPy cannot read the tensor ({tensor.dtype}, {tensor.layout}, on {tensor.device}): "
+            f"{error} Give dense tensors that hold data."
+        ) from error
 
 
 def batch_dtype(dtype: np.dtype) -> np.dtype | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_fit.errors import DataError
 
-__all__ = ["fit_loaders", "is_data_module", "loader_for"]
+__all__ = ["fit_loaders", "is_data_module", "loader_for", "torn_down"]
 
 # Stage -> the loader asked for; where a module does not make it, that of validation.
 _LOADERS = {
@@ -55,6 +57,16 @@ def loader_for(module: Any, stage: str) -> Any:
         if found is not None:
             return found
     raise DataError(f"A {type(module).__name__} gives no loader to {stage} with.")
+
+
+@contextmanager
+def torn_down(data: Any, stage: str) -> Iterator[None]:
+    """A data module is told that its stage is over, by ``teardown(stage)``, also after an error."""
+    try:
+        yield
+    finally:
+        if is_data_module(data) and callable(teardown := getattr(data, "teardown", None)):
+            teardown(stage)
 
 
 def _set_up(module: Any, stage: str) -> None:

@@ -1,4 +1,7 @@
-"""Datasets of rows, composed from each other. Imports layer 2: data.arrays, data.mapped."""
+"""Datasets of rows, composed from each other.
+
+Imports layer 2: data.arrays, data.mapped, data.mlx_data, data.table.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import bisect
 import itertools
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +17,9 @@ import numpy as np
 
 from mlx_fit.data.arrays import batch_dtype, flatten, is_array, skeleton, to_numpy, unflatten
 from mlx_fit.data.mapped import by_file
+from mlx_fit.data.mlx_data import from_mlx_data, is_mlx_stream
 from mlx_fit.data.order import order
+from mlx_fit.data.table import is_arrow_table, open_table
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "Map",
     "SeededDataset",
     "Subset",
+    "Transformed",
     "exact_fraction",
     "is_dataset",
     "random_split",
@@ -56,7 +63,11 @@ def is_dataset(data: Any) -> bool:
 
 
 def rows_of(data: Any) -> Any:
-    """``data`` with arrays, and tuples and dicts of arrays, made a dataset of rows."""
+    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams."""
+    if is_arrow_table(data):
+        return open_table(data)
+    if is_mlx_stream(data):
+        return from_mlx_data(data)
     is_tree = isinstance(data, tuple | dict) or (is_array(data) and not isinstance(data, list))
     return ArrayDataset(data) if is_tree else data
 
@@ -140,7 +151,8 @@ def _column(path: str, leaf: Any) -> np.ndarray:
     if not is_array(leaf):
         raise DataError(
             f"{path} is {_describe(leaf)}; expected an array with rows (NumPy, MLX, or anything "
-            "with __array__). Pass a dataset by itself, not together with other arrays.",
+            "with __array__). Pass a dataset by itself, not together with other arrays; of a "
+            "column of a Hugging Face dataset pass column[:].",
             field=path,
         )
     try:
@@ -226,7 +238,55 @@ class ConcatDataset:
         return ConcatDataset([seeded(dataset, seed, epoch) for dataset in self.datasets])
 
 
-class Map:
+class Transformed(ABC):
+    """A dataset with a function applied to it, with random numbers of the loader's choice.
+
+    Args:
+        dataset: a dataset, or arrays as for :class:`ArrayDataset`.
+        f: what is applied, with a ``numpy.random.Generator`` as its second argument.
+        seed, epoch: what is drawn when rows are read without a loader.
+
+    Raises:
+        ConfigurationError: ``dataset`` has no rows by index.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        f: Callable[[Any, np.random.Generator], Any],
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        self.dataset = rows_of(dataset)
+        self.f = f
+        self.seed = seed
+        self.epoch = epoch
+        if not is_dataset(self.dataset):
+            raise ConfigurationError(
+                f"{type(self).__name__} got a {type(dataset).__name__}; expected a dataset with "
+                "__len__ and __getitem__. For an iterable, apply the function where it yields, or "
+                "in collate_fn."
+            )
+        if not callable(f):
+            raise ConfigurationError(
+                f"{type(self).__name__} got f={f!r}; expected a function of data and a "
+                "numpy.random.Generator."
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Any:
+        """Row ``index``, transformed."""
+
+    def seeded(self, seed: int, epoch: int) -> Transformed:
+        """See :class:`SeededDataset`."""
+        return type(self)(seeded(self.dataset, seed, epoch), self.f, seed=seed, epoch=epoch)
+
+
+class Map(Transformed):
     """``f(sample, rng)`` for each row of ``dataset``: preprocessing and augmentation.
 
     ``rng`` is ``numpy.random.default_rng([seed, epoch, index])``, with the seed and the epoch of
@@ -247,27 +307,6 @@ class Map:
         (2,)
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        f: Callable[[Any, np.random.Generator], Any],
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-    ) -> None:
-        self.dataset = rows_of(dataset)
-        self.f = f
-        self.seed = seed
-        self.epoch = epoch
-        if not is_dataset(self.dataset):
-            raise ConfigurationError(
-                f"Map got a {type(dataset).__name__}; expected a dataset with __len__ and "
-                "__getitem__. For an iterable, apply the function where it yields."
-            )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]  # counts negative indices, raises IndexError
         return self._draw(index, np.random.default_rng([self.seed, self.epoch, index]))
@@ -276,10 +315,6 @@ class Map:
         inner = self.dataset
         sample = inner._draw(index, rng) if isinstance(inner, Map) else inner[index]
         return self.f(sample, rng)
-
-    def seeded(self, seed: int, epoch: int) -> Map:
-        """See :class:`SeededDataset`."""
-        return Map(seeded(self.dataset, seed, epoch), self.f, seed=seed, epoch=epoch)
 
 
 def exact_fraction(value: float) -> Any:

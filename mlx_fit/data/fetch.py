@@ -1,6 +1,6 @@
 """One batch from a dataset and its indices.
 
-Imports layer 2: data.arrays, data.collate, data.dataset.
+Imports layer 2: data.arrays, data.collate, data.dataset, data.table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from mlx_fit.data.arrays import batch_dtype, flatten, skeleton, to_numpy, unflatten
 from mlx_fit.data.collate import collate
 from mlx_fit.data.dataset import ArrayDataset, Subset
+from mlx_fit.data.table import TableDataset
 from mlx_fit.errors import DataError
 
 __all__ = ["Check", "Indices", "add_position", "describe_rows", "fetcher", "stream_fetcher"]
@@ -47,9 +48,11 @@ def fetcher(
     """
     if isinstance(dataset, ArrayDataset) and collate_fn is None:
         return partial(_fetch_arrays, dataset)
+    if isinstance(dataset, TableDataset) and collate_fn is not None:
+        return partial(_fetch_whole, dataset.rows, collate_fn, check)
     own = isinstance(dataset, ArrayDataset | Subset)
     if hasattr(dataset, "__getitems__") and not (own and collate_fn is not None):
-        return partial(_fetch_whole, dataset, collate_fn, check)
+        return partial(_fetch_whole, dataset.__getitems__, collate_fn, check)
     return partial(_fetch_rows, dataset, _collator(collate_fn, check), check)
 
 
@@ -115,7 +118,7 @@ def _collate_stream(
 
 
 def _fetch_whole(
-    dataset: Any,
+    get_rows: Callable[[list[int]], Any],
     collate_fn: Callable[[list[Any]], Any] | None,
     check: Check | None,
     indices: Indices,
@@ -124,7 +127,7 @@ def _fetch_whole(
 ) -> Any:
     wanted = _as_list(indices)
     try:
-        rows = _checked(dataset.__getitems__(wanted), check)
+        rows = _checked(get_rows(wanted), check)
         if isinstance(rows, list):
             _check_length(len(rows), wanted, "")
             return _collator(collate_fn, check)(rows, wanted)

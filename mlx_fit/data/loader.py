@@ -25,7 +25,7 @@ from mlx_fit.data.order import ORDER_VERSION, order
 from mlx_fit.data.position import Place, Position, check_state
 from mlx_fit.data.reader import Reader
 from mlx_fit.data.recipe import Recipe
-from mlx_fit.data.shares import check_replica
+from mlx_fit.data.shares import Rates, check_replica
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = ["DataLoader"]
@@ -144,7 +144,7 @@ class DataLoader:
             num_workers, timeout, worker_init_fn, prefetch_factor, persistent_workers
         )
         self._reader = Reader(self._recipe, self._options)
-        self._shares: dict[tuple[int, int], Reader] = {}
+        self._shares: dict[tuple[int, int], tuple[Rates, Reader]] = {}
         num_samples = self._num_samples()
         if drop_last and num_samples is not None and num_samples < batch_size:
             raise ConfigurationError(
@@ -185,17 +185,22 @@ class DataLoader:
         first, batches = self._batches(position)
         return self._reader.read(position, self.seed, enumerate(batches, first), self._finish)
 
-    def shard(self, num_replicas: int, rank: int) -> DataLoader:
+    def shard(self, num_replicas: int, rank: int, rates: Rates = None) -> DataLoader:
         """This loader for one rank of several: it yields that rank's share of each batch.
 
-        Both are in one place in the data: what one has read, the other has read as well.
+        Both are in one place in the data: what one has read, the other has read as well. With
+        ``rates``, rows a second of each rank, the faster ones get larger shares.
         """
         num_replicas, rank = check_replica(num_replicas, rank)
         loader = copy(self)
         loader.num_replicas, loader.rank = num_replicas, rank
-        loader._recipe = replace(self._recipe, num_replicas=num_replicas, rank=rank)
-        reader = self._shares.get((num_replicas, rank)) or Reader(loader._recipe, self._options)
-        loader._reader = self._shares[num_replicas, rank] = reader
+        recipe = replace(self._recipe, num_replicas=num_replicas, rank=rank, rates=rates)
+        # One reader is kept, with its processes, until the shares become others.
+        kept, reader = self._shares.get((num_replicas, rank), (None, None))
+        if reader is None or kept != rates:
+            reader = Reader(recipe, self._options)
+        self._shares[num_replicas, rank] = rates, reader
+        loader._recipe, loader._reader = recipe, reader
         return loader
 
     @property

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from mlx_fit.data.arrays import flatten, skeleton, unflatten
-from mlx_fit.data.dataset import is_dataset, rows_of, seeded
+from mlx_fit.data.dataset import Transformed, seeded
 from mlx_fit.data.fetch import fetcher
-from mlx_fit.errors import ConfigurationError
 
 __all__ = ["MapBatches"]
 
 
-class MapBatches:
+class MapBatches(Transformed):
     """``f(batch, rng)`` for each batch of ``dataset``: vectorised preprocessing, mixup and so on.
 
     ``rng`` is made from the seed and the epoch of the :class:`DataLoader` and from which rows the
@@ -49,19 +48,8 @@ class MapBatches:
         seed: int = 0,
         epoch: int = 0,
     ) -> None:
-        self.dataset = rows_of(dataset)
-        self.f = f
-        self.seed = seed
-        self.epoch = epoch
+        super().__init__(dataset, f, seed=seed, epoch=epoch)
         self._fetch = fetcher(seeded(self.dataset, seed, epoch), None)
-        if not is_dataset(self.dataset):
-            raise ConfigurationError(
-                f"MapBatches got a {type(dataset).__name__}; expected a dataset with __len__ and "
-                "__getitem__. For an iterable, apply the function in collate_fn."
-            )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         """Row ``index``, as a batch of itself."""
@@ -75,7 +63,3 @@ class MapBatches:
         # A checksum of the rows: seeding with all of them costs more than most batches.
         entropy = [self.seed, self.epoch, zlib.crc32(wanted.tobytes()), len(wanted)]
         return self.f(batch, np.random.default_rng(entropy))
-
-    def seeded(self, seed: int, epoch: int) -> MapBatches:
-        """See :class:`SeededDataset`."""
-        return MapBatches(self.dataset, self.f, seed=seed, epoch=epoch)

@@ -40,25 +40,37 @@ class Place:
     is_spent: bool = False
 
 
-def check_state(state: Any, current: dict[str, Any], draws_seed: bool) -> None:
+def check_state(
+    state: Any,
+    current: dict[str, Any],
+    draws_seed: bool,
+    *,
+    kind: str = "DataLoader",
+    consumed: str = "samples_consumed",
+) -> None:
     """Refuse a saved state that is of another set-up than ``current``.
 
     Args:
         state: what a user gave.
         current: the state of the loader that shall take it.
         draws_seed: the loader has no seed of its own, and takes the saved one.
+        kind: the class of the loader, for messages.
+        consumed: the field that counts what was handed out of the epoch.
 
     Raises:
         ResumeError: it differs; the message names the field.
     """
     if not isinstance(state, dict) or state.keys() != current.keys():
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise ResumeError(f"Not a DataLoader state: expected {sorted(current)}, found {found}.")
-    free = {"epoch", "samples_consumed", "dataset_state"} | ({"seed"} if draws_seed else set())
+        raise ResumeError(f"Not a {kind} state: expected {sorted(current)}, found {found}.")
+    free = {"epoch", consumed, "dataset_state"} | ({"seed"} if draws_seed else set())
     for field in current:
         if field not in free and state[field] != current[field]:
             raise ResumeError(
-                f"The state was saved with {field}={state[field]!r}, but this DataLoader has "
+                f"The state was saved with {field}={state[field]!r}, but this {kind} has "
                 f"{field}={current[field]!r}: the remaining batches would not be those that "
                 "were left. Use the same data and arguments."
             )
+    for field in ("seed", "epoch", consumed):
+        if type(state[field]) is not int or state[field] < 0:
+            raise ResumeError(f"{field}={state[field]!r} in a {kind} state is no position.")

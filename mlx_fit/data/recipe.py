@@ -10,14 +10,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from mlx_fit.data.arrays import flatten
 from mlx_fit.data.batching import from_stream
 from mlx_fit.data.dataset import seeded
 from mlx_fit.data.fetch import fetcher, stream_fetcher
-from mlx_fit.data.shares import Sharded
+from mlx_fit.data.shares import Rates, Sharded
 from mlx_fit.errors import DataError
+from mlx_fit.foreign import is_mlx_array
 
 __all__ = ["MlxWatch", "Prepared", "Recipe", "refuse_mlx"]
 
@@ -41,6 +40,7 @@ class Recipe:
         drop_last: leave out a short last batch.
         is_stream: the dataset can only be iterated over.
         num_replicas, rank: ranks that share each batch, and which of them this is.
+        rates: how fast they are, where that decides on their shares.
     """
 
     dataset: Any
@@ -50,6 +50,7 @@ class Recipe:
     is_stream: bool
     num_replicas: int = 1
     rank: int = 0
+    rates: Rates = None
 
     @property
     def is_stateful(self) -> bool:
@@ -76,7 +77,9 @@ class Recipe:
             fetch = stream_fetcher(self.batch_size or 1, self.collate_fn, check)
         else:
             fetch = fetcher(seeded(self.dataset, seed, epoch), self.collate_fn, check)
-        return fetch if self.num_replicas == 1 else Sharded(fetch, self.num_replicas, self.rank)
+        if self.num_replicas == 1:
+            return fetch
+        return Sharded(fetch, self.num_replicas, self.rank, self.rates)
 
     def stream(self, epoch: int, start: int, dataset_state: Any) -> Iterator[list[Any]]:
         """The rows of a stream in batches, from sample ``start`` on."""
@@ -117,4 +120,4 @@ def refuse_mlx(value: Any) -> None:
 
 
 def _holds_mlx(value: Any) -> bool:
-    return any(isinstance(leaf, mx.array) for _, leaf in flatten(value))
+    return any(is_mlx_array(leaf) for _, leaf in flatten(value))

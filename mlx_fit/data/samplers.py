@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from mlx_fit.data.arrays import to_numpy
 from mlx_fit.data.order import order, uniform
 from mlx_fit.errors import ConfigurationError
 
-__all__ = ["StratifiedSampler", "WeightedRandomSampler"]
+__all__ = ["RowGroupSampler", "StratifiedSampler", "WeightedRandomSampler"]
 
 
 class WeightedRandomSampler:
@@ -142,6 +142,58 @@ class StratifiedSampler:
             # Member i of n comes at (i + offset) / n of the epoch.
             times.append((np.arange(len(members)) + offset) / len(members))
         return np.concatenate(rows)[np.argsort(np.concatenate(times), kind="stable")]
+
+
+class RowGroupSampler:
+    """Visits each row once an epoch, in random order among a few row groups at a time.
+
+    For :func:`open_table` of Parquet, where a row is read by decoding its whole group: groups are
+    visited in random order, and the rows of ``num_mixed`` of them are shuffled together. The order
+    is a function of the seed and the epoch alone, so a run can go on exactly.
+
+    Args:
+        group_sizes: rows of each group, ``table.group_sizes``.
+        num_mixed: groups whose rows are mixed; at most the ``num_kept`` of :func:`open_table`, or
+            groups are decoded again and again.
+        seed: for the order.
+
+    Raises:
+        ConfigurationError: sizes that are no whole numbers, or no row at all.
+
+    Example:
+        >>> from mlx_fit.data import DataLoader, RowGroupSampler
+        >>> loader = DataLoader(range(9), batch_size=3, sampler=RowGroupSampler([3, 3, 3], 1))
+        >>> sorted(sorted(batch.tolist()) for batch in loader)
+        [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    """
+
+    def __init__(self, group_sizes: Sequence[int], num_mixed: int = 4, *, seed: int = 0) -> None:
+        self.group_sizes = [natural("group_sizes", size) for size in group_sizes]
+        self.num_mixed = natural("num_mixed", num_mixed, 1)
+        self.seed = natural("seed", seed)
+        self._epoch = 0
+        if not sum(self.group_sizes):
+            raise ConfigurationError("group_sizes has no rows; expected those of a table.")
+
+    def __len__(self) -> int:
+        return sum(self.group_sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of an epoch."""
+        epoch = self._epoch  # an epoch that has begun stays as it is
+        sizes = np.asarray(self.group_sizes, np.int64)
+        starts = np.cumsum(sizes) - sizes
+        groups = order(self.seed, epoch, len(sizes))[:]
+        for first in range(0, len(groups), self.num_mixed):
+            mixed = groups[first : first + self.num_mixed]
+            rows = np.concatenate([np.arange(starts[g], starts[g] + sizes[g]) for g in mixed])
+            # A seed of its own for each stretch; order() takes integers of any size.
+            stretch = (self.seed << 64) + (epoch << 32) + first + 1
+            yield from rows[order(stretch, epoch, len(rows))[:]].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order the rows of epoch ``epoch`` from now on; a DataLoader calls this."""
+        self._epoch = natural("epoch", epoch)
 
 
 def _weights(weights: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What `fit`, `evaluate` and `predict` accept, as batches.
 
-Imports layer 2: data.arrays, data.dataset, data.loader.
+Imports layer 2: data.arrays, data.dataset, data.loader, data.mlx_data, data.shares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from mlx_fit.batch import num_rows
 from mlx_fit.data.arrays import flatten, is_array, is_scalar
 from mlx_fit.data.dataset import ArrayDataset, Subset, exact_fraction, is_dataset, rows_of
 from mlx_fit.data.loader import DataLoader
+from mlx_fit.data.mlx_data import is_mlx_stream
+from mlx_fit.data.shares import Rates
 from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 
 __all__ = [
@@ -103,12 +105,12 @@ class RowSource(Source):
     def batches(self, epoch: int) -> Iterator[Any]:
         return self.batches_of(epoch, 1, 0)
 
-    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+    def batches_of(self, epoch: int, size: int, rank: int, rates: Rates = None) -> Iterator[Any]:
         """The share of one of ``size`` ranks of every batch of a pass."""
         self._start, self._next_start = self._next_start, (0, 0)
         state = self._loader.state_dict() | {"epoch": epoch, "samples_consumed": self._start[1]}
         self._loader.load_state_dict(state)
-        return iter(self._loader if size == 1 else self._loader.shard(size, rank))
+        return iter(self._loader if size == 1 else self._loader.shard(size, rank, rates))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any]:
         first, samples = self._start
@@ -156,10 +158,10 @@ class BatchSource(Source):
             return islice(self.iterable, skipped, None)
         return skipping(iter(self.iterable), skipped, self.name)
 
-    def batches_of(self, epoch: int, size: int, rank: int) -> Iterator[Any]:
+    def batches_of(self, epoch: int, size: int, rank: int, rates: Rates = None) -> Iterator[Any]:
         """The share of one of ``size`` ranks of every batch of a pass of a DataLoader."""
         assert isinstance(self.iterable, DataLoader)
-        return iter(self.iterable.shard(size, rank))
+        return iter(self.iterable.shard(size, rank, rates))
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:
         if not self._is_stateful:
@@ -269,6 +271,7 @@ def as_source(
     - Anything else with ``__len__`` and ``__getitem__`` is a dataset of rows, batched here.
     - A :class:`DataLoader`, PyTorch's, or any other iterable gives batches, each pass anew; an
       iterator gives them once.
+    - A stream of mlx-data gives batches, reset for each pass.
     - A function without arguments is called for each pass and returns one of the last.
 
     Batches that come from outside pass as they are, in their order: ``batch_size``, ``shuffle`` and
@@ -289,6 +292,8 @@ def as_source(
         data = data[:-1]
     if _is_keras_dataset(data):
         return FunctionSource(lambda: (data[i] for i in range(len(data))), name=name)
+    if is_mlx_stream(data):
+        data = rows_of(data)
     rows = _rows(data, name)
     if rows is not None:
         source = RowSource(rows, batch_size=batch_size, shuffle=shuffle, seed=seed, name=name)

@@ -44,6 +44,12 @@ def split_over(source: Source, ranks: Communicator, joins: bool = False) -> Sour
         return SplitSource(source, ranks)
     if isinstance(source, BatchSource) and isinstance(source.iterable, DataLoader | Splittable):
         return SplitSource(source, ranks)
+    if ranks.balances:
+        raise ConfigurationError(
+            f"balance=True decides how many rows of a batch each rank reads, and {source.name} "
+            "gives each rank batches of its own. Give arrays, a dataset or a DataLoader, or leave "
+            "balance out."
+        )
     return JoinedSource(source, ranks) if joins else source
 
 
@@ -71,19 +77,20 @@ class SplitSource(Source):
         """All ranks read the same batches; a seed that was drawn is rank 0's."""
         state = loader.state_dict()
         seed = state.pop("seed", None)
-        check_same(self._ranks, f"The state of {self.name}, a {type(loader).__name__},", state)
+        check_same(self._ranks, {f"{name} of {self.name}": v for name, v in state.items()})
+        first = of_first(self._ranks, seed)
         if loader.draws_seed:
-            loader.seed = of_first(self._ranks, seed)
-        check_same(self._ranks, f"The seed of {self.name}", loader.seed)
+            loader.seed = first
+        check_same(self._ranks, {f"seed of {self.name}": loader.seed})
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        size, rank = self._ranks.size, self._ranks.rank
+        size, rank, rates = self._ranks.size, self._ranks.rank, self._ranks.rates
         if isinstance(self._source.iterable, DataLoader):
-            for batch in self._source.batches_of(epoch, size, rank):
+            for batch in self._source.batches_of(epoch, size, rank, rates):
                 yield None if is_empty(batch) else batch
             return
         for batch in self._source.batches(epoch):
-            own = type(batch)(*(share(part, size, rank) for part in batch))
+            own = type(batch)(*(share(part, size, rank, rates) for part in batch))
             yield None if is_empty(own) else own
 
     def position(self, num_batches: int, untaken: Any) -> dict[str, Any] | None:

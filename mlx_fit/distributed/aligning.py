@@ -36,7 +36,7 @@ def check_plan(ring: Ring, plan: dict[str, str]) -> None:
     Raises:
         PlanMismatchError: names the first parameter that differs.
     """
-    plans = gather(ring, plan)
+    plans = gather(ring, plan, "plans")
     for rank, other in enumerate(plans):
         if other == plans[0]:
             continue
@@ -58,7 +58,7 @@ def align(ring: Ring, trees: dict[str, Any]) -> None:
         trees: what they are, for the message -> containers of arrays, changed in place.
     """
     for what, tree in trees.items():
-        found = gather(ring, digest(tree))
+        found = gather(ring, digest(tree), "weights")
         others = [rank for rank, other in enumerate(found) if other != found[0]]
         if not others:
             continue

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_fit.distributed.compress import compressor_of
 from mlx_fit.distributed.ring import Ring
 from mlx_fit.distributed.sync import REDUCE_DTYPES, SyncPolicy
 
 Named = dict[str, mx.array]
 
 
-@dataclass(frozen=True)
 class Buckets:
     """Sums gradients over ranks in messages of about ``sync.bucket_mb``, one dtype each.
 
-    Attributes:
+    Args:
         sync: sizes and dtype of the messages.
+
+    Attributes:
+        sync: as given.
+        compressor: approximates the sums of gradients, or None.
     """
 
-    sync: SyncPolicy
+    def __init__(self, sync: SyncPolicy) -> None:
+        self.sync = sync
+        self.compressor = compressor_of(sync.compress)
 
     def sum(
         self, ring: Ring, gradients: Named, statistics: Named, weight: float
     ) -> tuple[Named, Named]:
-        """Sums of both over the ranks, in float32; gradients may be sent in half precision.
+        """Sums of both over the ranks, in float32; gradients may be sent in less.
 
-        In half precision shares of the mean are sent, not sums, which could overflow float16.
+        In less, shares of the mean are sent: sums could overflow float16, and what compression
+        leaves for later has to weigh the same then.
         """
+        if self.compressor is not None and weight:
+            shares = {name: g / weight for name, g in gradients.items()}
+            means = self.compressor.sum(ring, shares)
+            sums = {name: mean * weight for name, mean in means.items()}
+            return sums, self.summed(ring, statistics)
         if self.sync.reduce_dtype is None or not weight:
             summed = self.summed(ring, gradients | statistics)  # no name is in both
             return {k: summed[k] for k in gradients}, {k: summed[k] for k in statistics}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 
@@ -25,20 +25,3 @@ class Plane(Protocol):
 
     def close(self) -> None:
         """Leave in peace."""
-
-
-class Unwatched:
-    """Nobody watches: a collective waits until MLX itself gives up."""
-
-    def join(self, plan: dict[str, Any]) -> None:
-        """Nobody to meet."""
-
-    def watching(self, step: int, phase: str) -> AbstractContextManager[Any]:
-        """Nothing around it."""
-        return nullcontext()
-
-    def report(self, error: BaseException, step: int) -> None:
-        """Nobody to tell."""
-
-    def close(self) -> None:
-        """Nothing to leave."""

@@ -6,13 +6,17 @@ order: MLX sums whatever arrives, and in another order the sums would be wrong w
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_fit.distributed.control import ControlPlane
 from mlx_fit.distributed.plane import Plane
 from mlx_fit.errors import (
     ConfigurationError,
@@ -21,8 +25,11 @@ from mlx_fit.errors import (
     Preempted,
 )
 
+WAITING = "header"  # the phase in which ranks wait for the slowest: its message is small
+
 # Set by mlx.launch and mlx-fit launch, by Open MPI and by MPICH's relatives.
 _RANK_NAMES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_FILE_NAMES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # the ring's, and JACCL's: an entry a rank
 _SIZE_NAMES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -33,8 +40,9 @@ def rank_and_size() -> tuple[int, int]:
         ConfigurationError: the environment makes no sense.
     """
     rank, size = _number(_RANK_NAMES), _number(_SIZE_NAMES)
-    if size is None and (path := os.environ.get("MLX_HOSTFILE")):
-        size = _hosts(path)
+    for name in _FILE_NAMES:
+        if size is None and (path := os.environ.get(name)):
+            size = _hosts(name, path)
     if rank is None:
         return 0, 1
     if size is None or not 0 <= rank < size:
@@ -54,7 +62,7 @@ def _number(names: tuple[str, ...]) -> int | None:
     return int(found)
 
 
-def _hosts(path: str) -> int:
+def _hosts(name: str, path: str) -> int:
     import json
 
     try:
@@ -62,39 +70,62 @@ def _hosts(path: str) -> int:
             return len(json.load(file))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"MLX_HOSTFILE={path!r} is no readable host file: {error}"
+            f"{name}={path!r} is no readable list of hosts in JSON: {error}"
         ) from error
+
+
+@dataclass
+class Link:
+    """This process's connection with the other ranks. MLX makes one only, for all trainers.
+
+    Attributes:
+        group: MLX's group.
+        plane: watches over it.
+        timeouts: that it was made with.
+        failure: of a collective, after which none may run.
+    """
+
+    group: mx.distributed.Group
+    plane: Plane
+    timeouts: tuple[float, float]
+    failure: BaseException | None = None
+
+
+_links: list[Link] = []  # the one of this process, once there is one
 
 
 class Ring:
     """The ranks of a group, over MLX's collectives.
 
     Args:
-        group: MLX's group.
-        plane: watches over it.
+        link: the connection with them.
         uneven: see :class:`~mlx_fit.protocols.Communicator`.
 
     Attributes:
         rank, size: of the group.
+        balances, rates: as for any communicator; of its owner's making.
+        step: the collectives of now belong to it, 1-based.
         num_collectives: issued so far.
         num_bytes: sent into them by this rank so far.
+        seconds: what they have taken so far, by phase.
     """
 
-    def __init__(self, group: mx.distributed.Group, plane: Plane, uneven: str) -> None:
-        self.rank: int = group.rank()
-        self.size: int = group.size()
+    def __init__(self, link: Link, uneven: str) -> None:
+        self.rank: int = link.group.rank()
+        self.size: int = link.group.size()
         self.uneven = uneven
+        self.balances = False
+        self.rates: tuple[float, ...] | None = None
         self.num_collectives = 0
         self.num_bytes = 0
-        self._group = group
-        self._plane = plane
-        self._step = 0
-        self._failure: BaseException | None = None
+        self.seconds: dict[str, float] = {}
+        self._link = link
+        self.step = 0
         self._known: BaseException | None = None
 
     def at_step(self, step: int) -> None:
         """Which step the collectives that follow belong to, for messages."""
-        self._step = step
+        self.step = step
 
     def sum(self, arrays: list[mx.array], phase: str = "sum") -> list[mx.array]:
         """Elementwise sums over the ranks, evaluated, in the order of ``arrays``."""
@@ -116,25 +147,27 @@ class Ring:
         return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def _run(self, collective: Callable[..., mx.array], array: mx.array, phase: str) -> mx.array:
-        if self._failure is not None:
+        if self._link.failure is not None:
             raise DistributedError(
-                f"No collective runs after one has failed: {self._failure}"
-            ) from self._failure
+                f"No collective runs after one has failed: {self._link.failure}"
+            ) from self._link.failure
         mx.eval(array)  # what can fail on this rank alone fails here, where nobody waits yet
         self.num_collectives += 1
         self.num_bytes += array.nbytes
+        start = perf_counter()
         try:
-            with self._plane.watching(self._step, phase):
+            with self._link.plane.watching(self.step, phase):
                 # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
-                result = collective(array, group=self._group, stream=mx.cpu)
+                result = collective(array, group=self._link.group, stream=mx.cpu)
                 mx.eval(result)  # host synchronisation with all ranks
         except BaseException as error:
-            self._failure = error
+            self._link.failure = error
             if isinstance(error, RuntimeError) and not isinstance(error, DistributedError):
                 raise DistributedError(
-                    f"A collective failed ({phase}, step {self._step}): {error}"
+                    f"A collective failed ({phase}, step {self.step}): {error}"
                 ) from error
             raise
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
         return result
 
     def knows(self, error: BaseException) -> None:
@@ -144,8 +177,8 @@ class Ring:
     def report(self, error: BaseException) -> None:
         """Tell the other ranks why this one leaves, unless all of them have come to the same."""
         is_common = isinstance(error, (NonFiniteLossError, Preempted))
-        if not is_common and error is not self._failure and error is not self._known:
-            self._plane.report(error, self._step)
+        if not is_common and error is not self._link.failure and error is not self._known:
+            self._link.plane.report(error, self.step)
 
 
 def check_backend(size: int) -> None:
@@ -157,18 +190,31 @@ def check_backend(size: int) -> None:
         )
 
 
-def connect(size: int, plane: Plane, plan: dict[str, Any], uneven: str) -> Ring:
+def connect(
+    rank: int, size: int, timeouts: tuple[float, float], plan: dict[str, Any], uneven: str
+) -> Ring:
     """Meet the other ranks, and set MLX's group up.
+
+    A second trainer of the process uses the connection that the first one has made.
 
     Raises:
         RendezvousError, PlanMismatchError: see :class:`Plane`.
         ConfigurationError: MLX has found another group than the environment describes.
     """
     check_backend(size)
-    plane.join(plan)  # first: MLX's own init would hold the interpreter while it waits
-    group = mx.distributed.init(strict=True)
-    if group.size() != size:
+    if not _links:
+        plane = ControlPlane(rank, size, *timeouts)
+        plane.join(plan)  # first: MLX's own init would hold the interpreter while it waits
+        atexit.register(plane.close)
+        group = mx.distributed.init(strict=True)
+        if group.size() != size:
+            raise ConfigurationError(
+                f"MLX's group has {group.size()} ranks, the environment says {size}."
+            )
+        _links.append(Link(group, plane, timeouts))
+    elif _links[0].timeouts != timeouts:
         raise ConfigurationError(
-            f"MLX's group has {group.size()} ranks, the environment says {size}."
+            "SyncPolicy: this process has met the other ranks with (timeout, init_timeout) = "
+            f"{_links[0].timeouts}, and here they are {timeouts}. Use the same for all trainers."
         )
-    return Ring(group, plane, uneven)
+    return Ring(_links[0], uneven)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_fit.distributed.strategy import DataParallel, Strategy
+from mlx_fit.distributed.local import DiLoCo, LocalSGD
+from mlx_fit.distributed.strategy import Strategy
+from mlx_fit.distributed.synchronous import DataParallel, ParameterServer, Zero1
 from mlx_fit.errors import ConfigurationError
 
-BY_NAME = {"data_parallel": DataParallel}
+BY_NAME: dict[str, type[Strategy]] = {
+    "data_parallel": DataParallel,
+    "zero1": Zero1,
+    "parameter_server": ParameterServer,
+    "local_sgd": LocalSGD,
+    "diloco": DiLoCo,
+}
 
 
 def strategy_of(value: Any) -> Strategy:

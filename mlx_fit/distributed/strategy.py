@@ -9,71 +9,65 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fit.distributed.buckets import Buckets
+from mlx_fit.distributed.buckets import Buckets, Named
 from mlx_fit.distributed.ring import Ring
 from mlx_fit.distributed.sync import SyncPolicy
-
-Named = dict[str, mx.array]
 
 
 class Strategy(ABC):
     """How gradients of several ranks become an update of the weights.
 
+    A strategy object is used by one trainer. Only the three moments differ: the trainer never asks
+    which strategy it has.
+
     Attributes:
         name: what a trainer's ``strategy=`` calls it.
+        options: its arguments, which all ranks need alike.
+        keeps_equal: whether all ranks have equal weights after every update.
     """
 
     name: str
+    options: dict[str, Any]
+    keeps_equal: bool
+
+    @abstractmethod
+    def check(self, sync: SyncPolicy) -> None:
+        """Raise if the strategy cannot do what a sync policy asks for."""
 
     @abstractmethod
     def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
-        """A run begins.
-
-        Args:
-            buckets: sums over the ranks, as the sync policy wants them.
-            optimizer: the user's.
-            ring: the ranks.
-
-        Returns:
-            The optimizer that the step uses.
-        """
+        """Before training: how sums are sent; returns the optimizer that this rank uses."""
 
     @abstractmethod
     def reduce(
-        self, ring: Ring, gradients: Named, statistics: Named, weight: float
-    ) -> tuple[Named, Named]:
-        """Gradients and running statistics, each times its weight, summed over the ranks.
+        self, ring: Ring, gradients: Named, statistics: Named, own: float, weight: float
+    ) -> tuple[Named, Named, float]:
+        """Gradients and running statistics to go on with, and what both are divided by.
 
         Args:
             ring: the ranks.
             gradients: float32, by name, times this rank's weight.
             statistics: the same of running statistics.
-            weight: of all ranks together.
+            own: this rank's weight.
+            weight: that of all ranks together, not 0.
         """
 
     @abstractmethod
     def update(self, ring: Ring, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
         """Update the weights: ``apply()`` does it as a single process would."""
 
+    @abstractmethod
+    def after_update(self, ring: Ring, model: nn.Module) -> None:
+        """What follows, on every rank, whether it had samples or not."""
 
-class DataParallel(Strategy):
-    """Every rank has everything, and makes the same update from the sum of all gradients."""
+    @abstractmethod
+    def finish(self, ring: Ring, model: nn.Module) -> None:
+        """The fit ends: all ranks get equal weights."""
 
-    def __init__(self) -> None:
-        self.name = "data_parallel"
-        self._buckets = Buckets(SyncPolicy())
+    @abstractmethod
+    def state_dict(self, ring: Ring) -> dict[str, Any]:
+        """What a checkpoint must hold of it: plain values and arrays. Collective."""
 
-    def start(self, buckets: Buckets, optimizer: Any, ring: Ring) -> Any:
-        """The optimizer stays as it is."""
-        self._buckets = buckets
-        return optimizer
-
-    def reduce(
-        self, ring: Ring, gradients: Named, statistics: Named, weight: float
-    ) -> tuple[Named, Named]:
-        """One sum over the ranks."""
-        return self._buckets.sum(ring, gradients, statistics, weight)
-
-    def update(self, ring: Ring, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
-        """The same on every rank."""
-        return apply()
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], ring: Ring) -> None:
+        """Take back what :meth:`state_dict` gave."""

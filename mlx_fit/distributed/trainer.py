@@ -9,16 +9,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_fit.checks import boolean
 from mlx_fit.communicator import check_same, of_first, reporting
 from mlx_fit.distributed.aligning import align, align_key, check_plan, plan_of
+from mlx_fit.distributed.balance import Balance
 from mlx_fit.distributed.buckets import Buckets
-from mlx_fit.distributed.plane import Unwatched
 from mlx_fit.distributed.ring import connect, rank_and_size
 from mlx_fit.distributed.strategies import strategy_of
 from mlx_fit.distributed.strategy import Strategy
+from mlx_fit.distributed.strategy_state import StrategyState
 from mlx_fit.distributed.sync import SyncPolicy
 from mlx_fit.distributed.windows import Windows
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.rates import OptimizerSetup
+from mlx_fit.state import PartialOptimizer
 from mlx_fit.trainer import Trainer
 
 UNEVEN = ("join", "stop")
@@ -38,15 +42,20 @@ class DistributedTrainer(Trainer):
     All ranks call ``fit``, ``evaluate``, ``predict``, ``save`` and ``load`` together. Rank 0 writes
     files and prints; callbacks run on every rank, with the same values, apart from those that only
     write. A stop that one rank asks for, and a signal to one rank, end all of them after the next
-    update. ``predict_on_batch`` is this rank's own.
+    update. ``predict_on_batch`` is this rank's own. After an error on one rank nothing is saved.
+    What :class:`~mlx_fit.data.MapBatches` draws depends on the rows that a rank gets of a batch.
 
     Args:
         model, optimizer, loss, metrics: as for :class:`Trainer`. Rank 0's weights are used.
-        strategy: ``"data_parallel"``, or a strategy object of ``mlx_fit.distributed``.
+        strategy: ``"data_parallel"``, ``"zero1"``, ``"parameter_server"``, ``"local_sgd"``,
+            ``"diloco"``, or a strategy object of ``mlx_fit.distributed``.
         sync: how gradients are exchanged, and how long ranks wait for each other.
         uneven: for iterables that give some ranks fewer batches than others. ``"join"``: those
             that have ended take part without samples until all have ended. ``"stop"``: all end
             with the first.
+        balance: measure in each epoch how fast the ranks are, and let faster ones read more rows
+            of each batch in the next: results stay the same up to rounding. For data that the
+            trainer splits.
         options: the other arguments of :class:`Trainer`.
 
     Attributes:
@@ -77,6 +86,7 @@ class DistributedTrainer(Trainer):
         strategy: str | Strategy = "data_parallel",
         sync: SyncPolicy | None = None,
         uneven: str = "join",
+        balance: bool = False,
         **options: Any,
     ) -> None:
         policy = SyncPolicy() if sync is None else sync
@@ -86,7 +96,9 @@ class DistributedTrainer(Trainer):
             )
         if uneven not in UNEVEN:
             raise ConfigurationError(f"uneven={uneven!r}; expected 'join' or 'stop'.")
+        boolean("balance", balance)
         chosen = strategy_of(strategy)
+        chosen.check(policy)
         super().__init__(model, optimizer, loss, metrics, **options)
         self.rank, self.size = rank_and_size()
         if self.size == 1:
@@ -97,19 +109,29 @@ class DistributedTrainer(Trainer):
                 "have to split alike. Use on_oom='raise', and a smaller batch_size with "
                 "gradient_accumulation."
             )
-        plane = Unwatched()
         plan = {"parameters": plan_of(model), "strategy": chosen.name, "seed": self._seed}
-        self.communicator = ring = connect(self.size, plane, plan, uneven)
+        self.communicator = ring = connect(self.rank, self.size, policy.timeouts, plan, uneven)
         with reporting(ring):
             check_plan(ring, plan_of(model))
             settings = self._arguments | {"batch_size": self.batch_size, "uneven": uneven}
-            settings |= {"strategy": chosen.name, "sync": vars(policy), "seed": self._seed}
-            for name, value in settings.items():
-                check_same(ring, f"DistributedTrainer's {name}", value)
+            settings |= {
+                "balance": balance,
+                "strategy": chosen.name,
+                "sync": policy,
+                "seed": self._seed,
+            }
+            settings |= chosen.options | self._setup.settings
+            check_same(ring, {f"DistributedTrainer's {k}": v for k, v in settings.items()})
             self._order_seed = of_first(ring, self._order_seed)
-            self._make_exchange = partial(Windows, ring, chosen)
+            self._make_exchange = partial(Windows, ring, chosen, policy.check_every)
             self._align = partial(self._start_alike, ring)
-            chosen.start(Buckets(policy), optimizer, ring)
+            self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
+            self._setup = OptimizerSetup(self.optimizer)
+            if policy.compress is not None or not chosen.keeps_equal:
+                self._own_callbacks.append(StrategyState(chosen, ring))
+            if balance:
+                ring.balances = True
+                self._own_callbacks.append(Balance(ring))
             align(ring, {"The weights": model.state})
 
     def _start_alike(self, ring: Any) -> None:
@@ -118,6 +140,7 @@ class DistributedTrainer(Trainer):
         trees: dict[str, Any] = {"The weights": self.model.state}
         if self.optimizer is not None:
             self.optimizer.init(self.model.trainable_parameters())
+        if self.optimizer is not None and not isinstance(self.optimizer, PartialOptimizer):
             trees["The optimizer's arrays"] = self.optimizer.state
         align(ring, trees)
         align_key(ring)

@@ -12,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_fit._tree import RandomState, assign, named_arrays
 from mlx_fit.communicator import Shared, Votes, gather
-from mlx_fit.distributed.ring import Ring
+from mlx_fit.distributed.desync import check_equal
+from mlx_fit.distributed.ring import WAITING, Ring
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.errors import ConfigurationError, DistributedError
 from mlx_fit.logs import Sums
@@ -41,6 +43,7 @@ class Windows:
     Args:
         ring: the ranks.
         strategy: how gradients become an update.
+        check_every: updates between comparisons of all ranks' weights; 0: never.
         options: the step's.
         scales_loss: there is a loss scale, which an overflow has to lower.
 
@@ -49,7 +52,12 @@ class Windows:
     """
 
     def __init__(
-        self, ring: Ring, strategy: Strategy, options: StepOptions, scales_loss: bool
+        self,
+        ring: Ring,
+        strategy: Strategy,
+        check_every: int,
+        options: StepOptions,
+        scales_loss: bool,
     ) -> None:
         self.votes: Votes = NoVotes()
         self._ring = ring
@@ -57,6 +65,8 @@ class Windows:
         self._scales_loss = scales_loss
         # Of one batch a bad share makes the whole bad; of several only that share is left out.
         self._drops_whole = options.nonfinite == "skip" and options.gradient_accumulation == 1
+        self._check_every = check_every if strategy.keeps_equal else 0
+        self._num_updates = 0
         self._capacity = 0  # lanes of the logs that all ranks know to send
         self._statistics: dict[str, mx.array] = {}
         self._key = RandomState([0, 0])
@@ -78,7 +88,7 @@ class Windows:
         head += [part for word in key for part in (word >> 16, word & 0xFFFF)]
         wishes = self.votes.wishes()
         head += wishes
-        (found,) = self._ring.sum([mx.concatenate([mx.array(head), self._logs(sums)])], "header")
+        (found,) = self._ring.sum([mx.concatenate([mx.array(head), self._logs(sums)])], WAITING)
         values: list[float] = found[: len(head)].tolist()  # type: ignore[assignment]
         if values[2] != head[2] * self._ring.size:
             raise DistributedError(
@@ -108,28 +118,42 @@ class Windows:
             weight, vector = 0.0, self._skipped(sums, vector)
         if not weight and not (num_bad and self._scales_loss):
             assign(model, self._statistics.items())
-            return Shared([], vector, is_bad)
-        if not window:
-            parameters = model.trainable_parameters()
-            zeros = {n: mx.zeros(p.shape, mx.float32) for n, p in named_arrays(parameters)}
-            window = [unnamed(parameters, zeros), mx.array(0.0), mx.array(0.0)]
-        own = window[1]
-        statistics = {
-            name: value.astype(mx.float32) * own for name, value in running_statistics(model)
-        }
-        gradients, statistics = self._strategy.reduce(
-            self._ring, dict(named_arrays(window[0])), statistics, weight
+            return Shared([], vector, is_bad, is_update=False)
+        gradients = dict(named_arrays(window[0])) if window else self._zeros(model)
+        own = float(np.array(window[1])) if window else 0.0
+        statistics = {n: v.astype(mx.float32) * own for n, v in running_statistics(model)}
+        gradients, statistics, divisor = self._strategy.reduce(
+            self._ring, gradients, statistics, own, weight
         )
-        if weight:
+        if not divisor and not num_bad:
+            return Shared([], vector, False, is_update=True)  # this rank had nothing to learn from
+        if divisor:
             dtypes = {name: value.dtype for name, value in self._statistics.items()}
-            averaged = {n: (s / weight).astype(dtypes[n]) for n, s in statistics.items()}
+            averaged = {n: (s / divisor).astype(dtypes[n]) for n, s in statistics.items()}
             assign(model, averaged.items())
-        tree = unnamed(window[0], gradients)
-        return Shared([tree, mx.array(weight), mx.array(num_bad)], vector, False)
+        tree = unnamed(model.trainable_parameters(), gradients)
+        summed = [tree, mx.array(divisor), mx.array(num_bad)]
+        return Shared(summed, vector, False, is_update=True)
 
-    def update(self, model: nn.Module, apply: Callable[[], mx.array]) -> mx.array:
-        """Apply a window; collective where the strategy exchanges weights."""
-        return self._strategy.update(self._ring, model, apply)
+    @staticmethod
+    def _zeros(model: nn.Module) -> dict[str, mx.array]:
+        """The gradients of a rank without samples."""
+        parameters = named_arrays(model.trainable_parameters())
+        return {name: mx.zeros(value.shape, mx.float32) for name, value in parameters}
+
+    def update(self, model: nn.Module, apply: Callable[[], mx.array] | None) -> mx.array | None:
+        """Apply a window, if this rank has one; and what follows from it for all ranks."""
+        strategy, ring = self._strategy, self._ring
+        vector = None if apply is None else strategy.update(ring, model, apply)
+        strategy.after_update(ring, model)
+        self._num_updates += 1
+        if self._check_every and self._num_updates % self._check_every == 0:
+            check_equal(ring, model, ring.step)
+        return vector
+
+    def finish(self, model: nn.Module) -> None:
+        """The fit ends: the ranks get equal weights."""
+        self._strategy.finish(self._ring, model)
 
     # --- logs -------------------------------------------------------------------------------------
 
@@ -151,7 +175,8 @@ class Windows:
 
     def _grow(self, sums: Sums) -> mx.array:
         """Agree on more lanes, and on what is in them; then sum once more."""
-        known = gather(self._ring, {"lanes": sums.capacity_in_use, "slices": sums.layout.plain()})
+        own = {"lanes": sums.capacity_in_use, "slices": sums.layout.plain()}
+        known = gather(self._ring, own, "logs")
         self._capacity = max(found["lanes"] for found in known)
         sums.widen(self._capacity)
         slices = [found["slices"] for found in known if found["slices"]]

@@ -1,6 +1,6 @@
 """What loaders of token batches share: epochs, position, state.
 
-Imports layer 2: data.shares, text.items, text.tokens.
+Imports layer 2: data.position, data.shares, text.items, text.tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from mlx_fit.batch import TextBatch
 from mlx_fit.checks import natural
 from mlx_fit.data.order import ORDER_VERSION
+from mlx_fit.data.position import check_state
 from mlx_fit.data.shares import Splittable
-from mlx_fit.errors import ResumeError
 from mlx_fit.text.items import flat, item, lengths_of
 from mlx_fit.text.tokens import TokenStore
 
@@ -169,22 +169,13 @@ class TokenBatches(Splittable):
         Raises:
             ResumeError: the state belongs to another set-up, or is no state of this loader.
         """
-        current = self.state_dict()
-        kind = type(self).__name__
-        if not isinstance(state, dict) or state.keys() != current.keys():
-            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ResumeError(f"Not a {kind} state: expected {sorted(current)}, found {found}.")
-        free = {"epoch", "batches_consumed"} | ({"seed"} if self.draws_seed else set())
-        for field in current:
-            if field not in free and state[field] != current[field]:
-                raise ResumeError(
-                    f"The state was saved with {field}={state[field]!r}, but this {kind} has "
-                    f"{field}={current[field]!r}: the remaining batches would not be those that "
-                    "were left. Use the same data and arguments."
-                )
-        for field in ("seed", "epoch", "batches_consumed"):
-            if type(state[field]) is not int or state[field] < 0:
-                raise ResumeError(f"{field}={state[field]!r} in a {kind} state is no position.")
+        check_state(
+            state,
+            self.state_dict(),
+            self.draws_seed,
+            kind=type(self).__name__,
+            consumed="batches_consumed",
+        )
         self.seed = state["seed"]
         self._position = _Position(state["epoch"], state["batches_consumed"])
         self._is_loaded = True

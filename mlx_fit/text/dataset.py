@@ -57,7 +57,8 @@ class TextDataset:
     writes any.
 
     Args:
-        source: path of a ``.jsonl`` or ``.txt`` file, or a list (or data set) of rows.
+        source: path of a ``.jsonl``, ``.txt``, ``.parquet`` or ``.arrow`` file, or a list (or
+            data set) of rows.
         tokenizer: has ``encode(text)``, and for chats ``apply_chat_template(messages)``: one of
             transformers, mlx-lm or tokenizers, or your own.
         format: one of the above, or ``"auto"``: the first one that a row among the first 100 has

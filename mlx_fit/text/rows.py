@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mlx_fit.errors import DataError
@@ -74,9 +73,9 @@ class Rows(ABC):
 
 
 class RowList(Rows):
-    """Rows in memory: dicts, or strings, which are plain text."""
+    """Rows of a list or a data set: dicts, or strings, which are plain text."""
 
-    def __init__(self, rows: Sequence[Any]) -> None:
+    def __init__(self, rows: Any) -> None:
         self.name = "the rows"
         self.unit = "row"
         self.num_blank = 0

@@ -84,9 +84,12 @@ def test_losses_are_the_smoothed_losses_of_a_hand_written_loop():
     assert finder.losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_suggestion_is_where_the_loss_falls():
-    finder = find_learning_rate(make(), (X, Y), min_rate=1e-6, max_rate=10.0, num_steps=80)
-    lowest = finder.rates[int(np.argmin(finder.losses))]
+@pytest.mark.parametrize("seed", [0, 33])
+def test_the_suggestion_is_where_the_loss_falls(seed):
+    """With seed 33 the first batch has the lowest loss of all."""
+    trainer = make(seed=seed)
+    finder = find_learning_rate(trainer, (X, Y), min_rate=1e-6, max_rate=10.0, num_steps=80)
+    lowest = finder.rates[10 + int(np.argmin(finder.losses[10:]))]
     assert 1e-4 < finder.suggestion <= lowest
     index = finder.rates.index(finder.suggestion)
     assert finder.losses[index + 1] < finder.losses[index - 1]

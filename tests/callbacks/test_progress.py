@@ -1,5 +1,6 @@
 """What a run prints: lines, bars, and how seldom they look at values."""
 
+import contextlib
 import io
 import os
 import pty
@@ -15,7 +16,7 @@ import pytest
 from toys import Do, raising, ramp, trainer_of
 
 from mlx_fit import ConfigurationError, LambdaCallback
-from mlx_fit.callbacks import progress
+from mlx_fit.callbacks import format, progress
 from mlx_fit.callbacks.format import (
     format_seconds,
     format_value,
@@ -161,7 +162,7 @@ def test_a_bar_shows_title_count_values_rate_and_memory(paper, capsys):
     assert first == "Epoch 1/2 " + "─" * 16 + " 0/4"
     assert re.match(r"Epoch 1/2 ━{8}─{8} 2/4 \d+s - loss: 8.0000 - mae: 2.0000", paper.frames[2][0])
     last = paper.frames[-1][0]
-    assert re.search(r"lr 0.00e\+00 - [\d,]+ examples/s - [\d.]+ .?i?B$", last)
+    assert re.search(r"lr 0.00e\+00 - [\d,]+ examples/s - \d+% data wait - [\d.]+ .?i?B$", last)
     assert "Epoch 2/2 - 4/4 - " in capsys.readouterr().out
 
 
@@ -256,6 +257,91 @@ def test_a_line_fits_its_screen_and_keeps_whole_values(width):
     assert line.startswith("Epoch 10/20 ")
     assert all(piece in values for piece in line.split(" - ")[1:])
     assert width < 40 or "500/1000" in line
+
+
+class Clock:
+    """A pace of 50 batches in 10 seconds, 1.2 of them waiting."""
+
+    num_batches, seconds, share_waited = 50, 10.0, 0.12
+
+
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [
+        (24, "Epoch 3/10 ━─── 50/200"),
+        (40, "Epoch 3/10 ━━────── 50/200 30s"),
+        (60, "Epoch 3/10 ━━━───────── 50/200 30s - loss: 0.5000"),
+        (80, "Epoch 3/10 ━━━━──────────── 50/200 30s - loss: 0.5000 - lr 1.00e-03"),
+        (
+            110,
+            "Epoch 3/10 ━━━━━─────────────── 50/200 30s - loss: 0.5000 - lr 1.00e-03"
+            " - 1,280 tokens/s - 12% data wait",
+        ),
+    ],
+)
+def test_a_screen_of_each_width_shows_what_matters_most(width, text):
+    bar = Bar("Epoch 3/10", 200, 50, pace=Clock())
+    pieces = ["loss: 0.5000", "lr 1.00e-03", "1,280 tokens/s", "12% data wait", "10.8 MiB"]
+    assert bar.line(width, pieces) == text
+
+
+@pytest.mark.usefixtures("every_batch")
+@pytest.mark.parametrize("every", ["1 steps", "epoch"])
+def test_saving_has_a_line_below_the_bar(paper, tmp_path, every):
+    trainer = trainer_of(learning_rate=0.0)
+    trainer.fit(ramp(2), checkpoint_dir=tmp_path, checkpoint_every=every, verbose=1)
+    saving = [lines for lines in paper.frames if lines[-1].startswith("Saving")]
+    expected = ["Saving step 2"] if every == "epoch" else ["Saving step 1"] + 2 * ["Saving step 2"]
+    assert [lines[1] for lines in saving] == expected
+    assert saving[-1][0].startswith("Training ━━")
+    assert paper.is_clear
+
+
+def ms_of(line):
+    (number, unit) = re.search(r"- (\d+)(us|ms)/step", line).groups()
+    return int(number) / (1000 if unit == "us" else 1)
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+@pytest.mark.parametrize("freq", [1, "1 steps"])
+def test_the_time_of_a_step_is_that_of_training(capsys, verbose, freq):
+    """Neither evaluations nor what callbacks do after the last batch."""
+    slow = [Do(hook, lambda _: time.sleep(0.3)) for hook in ("on_test_begin", "on_epoch_end")]
+    options = {"validation_freq": freq, "callbacks": slow, "verbose": verbose}
+    trainer_of().fit(ramp(2), ramp(1), **options)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert ms_of(line) < 140
+    assert "- 1s -" in line  # the whole epoch
+
+
+def test_a_long_wait_for_data_is_told(monkeypatch):
+    monkeypatch.setattr(format, "NOTABLE_SECONDS", 0.05)
+
+    def late():
+        time.sleep(0.1)
+        yield from ramp(2)
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        trainer_of(learning_rate=0.0).fit(late, verbose=2)
+    assert re.search(r"ms/step - \d\d% data wait - loss", out.getvalue())
+
+
+@pytest.mark.usefixtures("every_batch")
+def test_where_tokens_are_counted_the_rate_is_theirs(paper):
+    count = LambdaCallback(on_train_batch_end=lambda i, logs: logs.update(num_tokens=6.0 * (i + 1)))
+    paper.width = 200
+    trainer_of(metrics=[]).fit(ramp(3), callbacks=count, verbose=1)
+    assert re.search(r"num_tokens: 18 - lr [^-]+-\d+ - [\d,]+ tokens/s", paper.frames[-1][0])
+
+
+def test_counts_are_printed_whole():
+    assert format_values({"num_tokens": 120.0, "val_num_tokens": 7.0}) == (
+        "num_tokens: 120 - val_num_tokens: 7"
+    )
+    assert format_values({"loss": 14.0, "rows": 10120.0}) == "loss: 14.0000 - rows: 10120"
+    assert format_values({"num_mean": 1.5, "skipped_updates": 2.0}) == (
+        "num_mean: 1.5000 - skipped_updates: 2"
+    )
 
 
 # --- where it prints -----------------------------------------------------------------------------

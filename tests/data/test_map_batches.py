@@ -71,3 +71,9 @@ def test_a_result_of_another_length_is_an_error():
 def test_an_iterable_is_refused():
     with pytest.raises(ConfigurationError, match="collate_fn"):
         MapBatches(iter(()), noise)
+
+
+@pytest.mark.parametrize("kind", [Map, MapBatches])
+def test_what_is_no_function_is_refused(kind):
+    with pytest.raises(ConfigurationError, match=rf"{kind.__name__} got f=3; expected a function"):
+        kind(range(3), 3)

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_fit.data import DataLoader, order
+from mlx_fit.errors import ResumeError
 
 
 @st.composite
@@ -72,3 +74,11 @@ def test_an_iterator_left_anywhere_starts_again_from_the_top(run, data):
     take(iter(loader), data.draw(st.integers(0, max(num_left - 1, 0))))
     assert rows(loader) == whole
     assert rows(loader) == expected_epoch(n, 1, **set_up)
+
+
+@pytest.mark.parametrize("value", [-1, "3", 1.5, None, True])
+@pytest.mark.parametrize("field", ["epoch", "samples_consumed"])
+def test_a_state_whose_position_is_no_number_is_refused(field, value):
+    loader = DataLoader(range(10), 2)
+    with pytest.raises(ResumeError, match=f"{field}={value!r} in a DataLoader state is no pos"):
+        loader.load_state_dict({**loader.state_dict(), field: value})

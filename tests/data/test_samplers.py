@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_fit.data import DataLoader, StratifiedSampler, WeightedRandomSampler, order
+from mlx_fit.data import (
+    DataLoader,
+    RowGroupSampler,
+    StratifiedSampler,
+    WeightedRandomSampler,
+    order,
+)
 from mlx_fit.data.order import uniform
 from mlx_fit.errors import ConfigurationError
 
@@ -106,3 +112,26 @@ def test_strata_are_shuffled_inside():
 def test_what_cannot_be_drawn_from_is_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_row_groups_are_mixed_a_few_at_a_time_and_each_row_comes_once():
+    sizes = [5, 0, 7, 3, 6, 4]
+    group_of = np.repeat(np.arange(6), sizes)
+    sampler = RowGroupSampler(sizes, 2, seed=4)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert sorted(epochs[-1]) == list(range(len(sampler)))
+        groups = group_of[epochs[-1]]
+        spans = [np.flatnonzero(groups == group) for group in set(groups.tolist())]
+        for place in range(len(groups)):
+            assert sum(span[0] <= place <= span[-1] for span in spans) <= 2
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert list(RowGroupSampler(sizes, 2, seed=5)) != epochs[0]
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [3, -1], [1.5]])
+def test_row_groups_need_sizes(sizes):
+    with pytest.raises(ConfigurationError, match="group_sizes"):
+        RowGroupSampler(sizes)

@@ -76,6 +76,10 @@ def test_large_batches_travel_in_memory_of_their_own(nothing_left):
     np.testing.assert_array_equal(kept[-1]["i"], [21, 22, 23])
 
 
+def test_a_worker_does_not_import_mlx():
+    assert rows(DataLoader(Map(Rows(sets.has_mlx, 2), sets.noisy), 2, num_workers=1))[0][0] < 1
+
+
 def test_structures_and_strings_pass_as_they_are():
     loader = DataLoader(Rows(sets.strings, 4), 2, num_workers=1, collate_fn=sets.as_list)
     assert [row["text"] for batch in loader for row in batch] == ["0", "1", "2", "3"]
@@ -117,7 +121,7 @@ def test_global_generators_differ_by_worker_and_epoch_and_repeat_with_the_seed()
 def test_persistent_workers_live_on_and_can_be_left_early(nothing_left):
     loader = DataLoader(Rows(sets.global_draws), 4, num_workers=2, persistent_workers=True, seed=0)
     processes = {pid for _, _, ids in loader for pid in ids.tolist()}
-    for _ in range(20):
+    for _ in range(50):
         for *_, ids in loader:
             processes |= set(ids.tolist())
             break
@@ -293,10 +297,15 @@ def test_a_failing_sampler_is_raised_after_the_batches_before_it():
 # --- leaving -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_leaving_early_leaves_nothing(num_workers, nothing_left):
-    for count in range(10):
-        for taken, _ in enumerate(DataLoader(Rows(sets.large), 4, num_workers=num_workers)):
+@pytest.mark.parametrize(
+    ("num_times", "options"),
+    # A process takes half a second to start; tests/soak_loader.py has the patience for 50.
+    [(50, {}), (50, {"timeout": 9}), (10, {"num_workers": 1})],
+    ids=["in place", "thread", "process"],
+)
+def test_leaving_early_leaves_nothing(num_times, options, nothing_left):
+    for count in range(num_times):
+        for taken, _ in enumerate(DataLoader(Rows(sets.large), 4, **options)):
             if taken == count % 4:
                 break
 

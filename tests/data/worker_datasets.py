@@ -1,13 +1,13 @@
-"""Datasets for worker processes, which import this module: quickly, so without torch or pytest."""
+"""Datasets for worker processes, which import this module: so without MLX, torch or pytest."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import sys
 import time
 
-import mlx.core as mx
 import numpy as np
 
 
@@ -100,15 +100,23 @@ def hangs(index):
 
 
 def mlx_row(index):
+    import mlx.core as mx
+
     return {"x": mx.array([index])}
 
 
 def mlx_batch(samples):
+    import mlx.core as mx
+
     return mx.array(samples)
 
 
 def global_draws(index):
     return np.random.random(), random.random(), os.getpid()  # noqa: NPY002
+
+
+def has_mlx(index):
+    return "mlx.core" in sys.modules
 
 
 def noisy(row, rng):

@@ -5,10 +5,13 @@ The same functions run in one process as well, for the numbers to compare with.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from mlx.utils import tree_flatten
 import mlx_fit
 from mlx_fit import (
     Callback,
+    CausalLM,
     CheckpointPolicy,
     CSVLogger,
     DataLoader,
@@ -28,10 +32,16 @@ from mlx_fit import (
     EarlyStopping,
     JSONLogger,
     ModelCheckpoint,
+    Predictions,
     SyncPolicy,
     TensorBoard,
 )
+from mlx_fit.communicator import gather
+from mlx_fit.distributed import DiLoCo, LocalSGD, ShardedOptimizer, SyncMonitor
+from mlx_fit.distributed.aligning import digest
+from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.errors import NonFiniteLossError
+from mlx_fit.text import BucketBatches
 
 RANK = int(os.environ.get("MLX_RANK", "0"))
 CASES = {}
@@ -161,6 +171,87 @@ def loader(folder):
 @case
 def epochs_of_steps(folder):
     return fitted(trainer_of(), steps_per_epoch=5, epochs=4)
+
+
+class Bigrams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20)
+
+    def __call__(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+@case
+def language_model(folder):
+    """Batches of tokens by length; each rank draws another seed."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 37)
+    items = [(rng.integers(0, 20, n), rng.integers(0, 2, n)) for n in lengths]
+    mx.random.seed(0)
+    batches = BucketBatches(items, batch_size=8, seed=7 if RANK == 0 else None)
+    trainer = DistributedTrainer(
+        Bigrams(), optim.Adam(1e-2), objective=CausalLM(), clip_norm=1.0, seed=1
+    )
+    return fitted(trainer, batches)
+
+
+@case
+def own_predictions(folder):
+    """One rank alone asks for outputs in the middle of training, and a callback does on rank 0."""
+    x, y = rows(30)
+    shapes = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if RANK == 1:
+                shapes.append(self.trainer.predict_on_batch(x[:3]).shape)
+
+    table = Predictions((x[:4], y[:4]), folder / "board")
+    found = fitted(trainer_of(), (x, y), callbacks=[Look(), table])
+    return {"history": found["history"], "shapes": shapes}
+
+
+class SlowRows:
+    """Rows that take rank 1 three times as long; it notes how many each batch had."""
+
+    def __init__(self, seconds):
+        self.x, self.y = rows(96)
+        self.seconds = seconds * (3 if RANK else 1)
+        self.sizes = []
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+    def __getitems__(self, indices):
+        self.sizes.append(len(indices))
+        time.sleep(self.seconds * len(indices))
+        return self.x[indices], self.y[indices]
+
+
+@case
+def balanced(folder):
+    data = SlowRows(0.002)
+    trainer = trainer_of(batch_size=32, balance=True)
+    loader = DataLoader(data, batch_size=32, shuffle=True, seed=3, prefetch_factor=0)
+    found = fitted(trainer, loader, epochs=3, val=rows(33, seed=5), log_every=1)
+    ahead = SlowRows(0.002)  # read by a thread, whose time nobody sees
+    trainer_of(batch_size=32, balance=True).fit(ahead, epochs=5, verbose=0)
+    rates = trainer.communicator.rates
+    return found | {"sizes": data.sizes, "sizes_ahead": ahead.sizes, "rates": rates}
+
+
+@case
+def balanced_own_data(folder):
+    trainer = trainer_of(balance=True)
+    try:
+        trainer.fit([rows(4)], verbose=0)
+    except mlx_fit.ConfigurationError as error:
+        return str(error)
 
 
 # --- what one process has no counterpart of -------------------------------------------------------
@@ -432,6 +523,291 @@ class DataSet:
         return self.data[index]
 
 
+# --- strategies -----------------------------------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optim.SGD(0.1, momentum=0.9),
+    "adamw": lambda: optim.AdamW(optim.cosine_decay(1e-2, 20)),
+    "lion": lambda: optim.Lion(1e-3),
+    "adagrad": lambda: optim.Adagrad(1e-2),
+    "rmsprop": lambda: optim.RMSprop(1e-3),
+    "adadelta": lambda: optim.AdaDelta(1.0),
+    "adamax": lambda: optim.Adamax(1e-2),
+    "adafactor": lambda: optim.Adafactor(1e-2, relative_step=False, scale_parameter=False),
+    "muon": lambda: optim.Muon(1e-2),
+}
+
+
+@case
+def zero1(folder):
+    """Weights by data_parallel, and by zero1, for each optimizer."""
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        found[name] = []
+        for strategy in ("data_parallel", "zero1"):
+            trainer = trainer_of(optimizer=make(), strategy=strategy, clip_norm=1.0)
+            run = fitted(trainer, rows(24), epochs=2)
+            own = sum(v.size for _, v in tree_flatten(trainer.optimizer.state))
+            found[name].append([run["weights"], run["history"], own])
+    return found
+
+
+@case
+def zero1_checkpoints(folder):
+    found = {}
+    for strategy in ("data_parallel", "zero1", "parameter_server"):
+        trainer = trainer_of(optimizer=optim.AdamW(1e-2), strategy=strategy)
+        fitted(trainer, rows(36), epochs=1)
+        trainer.save(folder / strategy)
+        # Another trainer goes on from it, by another strategy.
+        other = trainer_of(mlp(seed=5), optim.AdamW(1e-2), strategy="zero1")
+        again = fitted(other, rows(36), epochs=2, resume=folder / strategy)
+        found[strategy] = {"weights": again["weights"], "updates": again["updates"]}
+    files = [folder / s / "optimizer.safetensors" for s in ("data_parallel", "zero1")]
+    one, two = (mx.load(str(path)) for path in files)
+    found["equal"] = one.keys() == two.keys() and all(
+        mx.array_equal(one[k], two[k]).item() for k in one
+    )
+    return found
+
+
+@case
+def zero1_thawed(folder):
+    """What is trained changes, so its state is divided anew."""
+    found = []
+    for strategy in ("data_parallel", "zero1"):
+        model = mlp()
+        model.layers[0].freeze()
+        trainer = trainer_of(model, optim.Adam(1e-2), strategy=strategy)
+        found.append(fitted(trainer, rows(24), epochs=3, callbacks=Thaw())["weights"])
+    return found
+
+
+class Thaw(Callback):
+    def on_epoch_begin(self, epoch, logs):
+        if epoch == 1:
+            self.model.layers[0].unfreeze()
+
+
+@case
+def parameter_server(folder):
+    trainer = trainer_of(optimizer=optim.AdamW(1e-2), strategy="parameter_server")
+    run = fitted(trainer, rows(24))
+    return {"run": run, "state": len(tree_flatten(trainer.optimizer.state))}
+
+
+class Weights(Callback):
+    """Notes whether ranks have equal weights after each update."""
+
+    def __init__(self):
+        self.equal = []
+
+    def on_train_batch_end(self, batch, logs):
+        first, second = gather(self.trainer.communicator, digest(self.model.parameters()))
+        self.equal.append(first == second)
+
+
+@case
+def local_sgd(folder):
+    """20 updates: two meetings, and one at the end."""
+    found = {}
+    for strategy in (LocalSGD(8), DiLoCo(8, 1.0, 0.0), DiLoCo(8)):
+        trainer = trainer_of(optimizer=optim.SGD(0.05), strategy=strategy, batch_size=4)
+        look = Weights()
+        run = fitted(trainer, rows(80), epochs=1, callbacks=look)
+        found[f"{strategy.name}{len(found)}"] = {"weights": run["weights"], "equal": look.equal}
+        ends = gather(trainer.communicator, digest(trainer.model.parameters()))
+        found[f"{strategy.name}{len(found) - 1}"]["ends"] = len(set(ends))
+    return found
+
+
+@case
+def diloco_resumed(folder):
+    """The state of a round is in a checkpoint."""
+    options = {"strategy": DiLoCo(8), "batch_size": 4}
+    trainer = trainer_of(optimizer=optim.SGD(0.05), **options)
+    looked = {}
+
+    class Save(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if batch == 10:
+                self.trainer.save(folder / "inside")
+                looked.update(options["strategy"].state_dict(self.trainer.communicator))
+
+    fitted(trainer, rows(80), epochs=1, callbacks=Save())
+    strategy = DiLoCo(8)
+    other = trainer_of(optimizer=optim.SGD(0.05), strategy=strategy, batch_size=4)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_begin(self, batch, logs):
+            seen.update({} if seen else strategy.state_dict(other.communicator))
+
+    fitted(other, rows(80), epochs=1, callbacks=Look(), resume=folder / "inside")
+    names = looked["anchor"].keys()
+    return {
+        "num_updates": [looked["num_updates"], seen["num_updates"]],
+        "names": sorted(names) == sorted(seen["anchor"]) == sorted(seen["velocity"]),
+        "anchor": all(mx.array_equal(looked["anchor"][n], seen["anchor"][n]).item() for n in names),
+        "velocity": all(
+            mx.array_equal(looked["velocity"][n], seen["velocity"][n]).item() for n in names
+        ),
+        "step": other.step,
+    }
+
+
+def hand_written(optimizer, size):
+    """Four steps over 12 rows, split unevenly: rank 0 has 9 of them."""
+    model = mlp()
+    x, y = (mx.array(part) for part in rows(12))
+    own = slice(None) if size == 1 else slice(9 * RANK, 9 + 3 * RANK)
+
+    def loss(x, y):
+        return nn.losses.cross_entropy(model(x), y, reduction="mean")
+
+    step = nn.value_and_grad(model, loss)
+    for _ in range(4):
+        _, gradients = step(x[own], y[own])
+        if isinstance(optimizer, ShardedOptimizer):
+            optimizer.update(model, gradients, weight=len(y[own].tolist()))
+        else:
+            optimizer.update(model, gradients)
+    return weights(model)
+
+
+@case
+def sharded_optimizer(folder):
+    optimizer = ShardedOptimizer(optim.AdamW(1e-2))
+    found = {"weights": hand_written(optimizer, optimizer.size)}
+    whole = optimizer.whole_state()
+    found["state"] = {name: np.array(value).tolist() for name, value in whole.items()}
+    other = ShardedOptimizer(optim.AdamW(1e-2))
+    other.load_whole_state(mlp().trainable_parameters(), whole)
+    again = other.whole_state()
+    found["again"] = all(mx.array_equal(again[name], whole[name]).item() for name in whole)
+    return found
+
+
+@case
+def desync(folder):
+    class Flip(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if RANK == 1 and self.trainer.step == 7:
+                weight = self.model.layers[2].weight
+                words = weight.view(mx.uint32)
+                words[1, 3] = words[1, 3] ^ mx.array(1, mx.uint32)
+                self.model.layers[2].weight = words.view(mx.float32)
+
+    trainer = trainer_of(optimizer=optim.SGD(0.01), sync=SyncPolicy(check_every=5))
+    error = error_of(lambda: fitted(trainer, epochs=3, callbacks=Flip()))
+    return error | {"steps": trainer.step}
+
+
+@case
+def compression(folder):
+    """50 sums of gradients that change little by little."""
+    ring = trainer_of().communicator
+    both = []
+    for rank in (0, 1):
+        rng = np.random.default_rng(rank)
+        shapes = {"w": (40, 30), "b": 9, "k": (2, 2)}
+        both.append({key: rng.normal(size=shape) for key, shape in shapes.items()})
+    base = both[RANK]
+    found = {}
+    for name in ("int8", "powersgd:2"):
+        buckets = Buckets(SyncPolicy(compress=name))
+        applied, true = ({k: np.zeros(v.shape) for k, v in base.items()} for _ in range(2))
+        first_error, before = None, ring.num_bytes
+        for step in range(50):
+            factor = 1 + 0.01 * step
+            own = {k: mx.array(v * factor, mx.float32) for k, v in base.items()}
+            sums, _ = buckets.sum(ring, own, {}, 2.0)
+            for key in base:
+                applied[key] += np.array(sums[key])
+                true[key] += (both[0][key] + both[1][key]) * factor
+            if first_error is None:
+                first_error = {k: np.abs(applied[k] - true[k]).max() for k in base}
+        found[name] = {
+            "bytes": (ring.num_bytes - before) / 50,
+            "first": first_error,
+            "last": {k: float(np.abs(applied[k] - true[k]).max()) for k in base},
+            "size": {k: float(np.abs(true[k]).max() / 50) for k in base},
+            "digest": digest({k: mx.array(v) for k, v in applied.items()}),
+        }
+    return found
+
+
+@case
+def compressed_runs(folder):
+    found = {}
+    for name in (None, "int8", "powersgd:2"):
+        trainer = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+        found[str(name)] = fitted(trainer, rows(48), epochs=4)
+        if name is not None:
+            saved = folder / name.replace(":", "")
+            part = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+            fitted(part, rows(48), epochs=2, checkpoint_dir=saved)
+            rest = trainer_of(optimizer=optim.SGD(0.1), sync=SyncPolicy(compress=name))
+            found[f"{name} resumed"] = fitted(
+                rest, rows(48), epochs=4, checkpoint_dir=saved, resume=True
+            )
+    return found
+
+
+@case
+def watched(folder):
+    """Rank 1 sleeps before each update."""
+
+    class Sleep(Callback):
+        def on_train_batch_begin(self, batch, logs):
+            if RANK == 1:
+                time.sleep(0.05)
+
+    monitor = SyncMonitor()
+    trainer = trainer_of()
+    fitted(trainer, rows(48), epochs=1)  # everything is compiled
+    before = trainer.communicator.num_collectives
+    trainer.fit(rows(48), verbose=0)
+    plain = trainer.communicator.num_collectives - before
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run = fitted(trainer, rows(48), epochs=2, callbacks=[Sleep(), monitor])
+    own_wait_ms = monitor.wait_ms
+    before = trainer.communicator.num_collectives
+    trainer.fit(rows(48), verbose=0, callbacks=monitor)
+    return {
+        "wait_ms": run["history"]["sync.wait_ms"],
+        "own_wait_ms": own_wait_ms,
+        "straggler": run["history"]["sync.straggler"],
+        "share": run["history"]["sync.share"],
+        "mb": run["history"]["sync.mb"],
+        "printed": printed.getvalue(),
+        "collectives": trainer.communicator.num_collectives - before - plain,
+    }
+
+
+@case
+def out_of_step(folder):
+    trainer = trainer_of()
+    if RANK == 0:
+        return error_of(lambda: trainer.evaluate(rows(12), verbose=0))
+    return error_of(lambda: trainer.save_weights(folder / "w.safetensors"))
+
+
+@case
+def other_arguments(folder):
+    return [
+        error_of(lambda: trainer_of(batch_size=12 + RANK)),
+        error_of(lambda: trainer_of(strategy=LocalSGD(8 + RANK))),
+        error_of(lambda: fitted(trainer_of(), epochs=2 + RANK)),
+        error_of(lambda: fitted(trainer_of(), rows(40 + RANK))),
+        error_of(lambda: trainer_of(optimizer=optim.SGD(0.1 + RANK))),
+        error_of(
+            lambda: trainer_of(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16 + RANK, 4)))
+        ),
+    ]
+
+
 # --- evaluation and prediction --------------------------------------------------------------------
 
 
@@ -482,4 +858,4 @@ if __name__ == "__main__":
     results = {}
     for name in sys.argv[2:]:
         results[name] = CASES[name](folder / name)
-    json.dump(results, sys.stdout)
+    (folder / f"rank{RANK}.json").write_text(json.dumps(results))

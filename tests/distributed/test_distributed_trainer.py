@@ -12,7 +12,7 @@ from rank_cases import mlp, rows, weights
 from ranks import end, run_cases, start
 
 from mlx_fit import DataLoader, DistributedTrainer, SyncPolicy, Trainer
-from mlx_fit.distributed import DataParallel
+from mlx_fit.distributed import DataParallel, SyncMonitor
 from mlx_fit.distributed.windows import folded
 from mlx_fit.errors import ConfigurationError
 
@@ -20,15 +20,22 @@ SAME_AS_ONE = [
     *("sgd", "adamw_with_validation", "accumulated", "weighted", "ignored_labels"),
     *("class_weights", "function_objective", "fewer_rows_than_ranks", "frozen_half"),
     *("epochs_of_steps", "early_stopping", "nan_skipped", "nan_raises", "buckets"),
-    *("evaluation", "prediction"),
+    *("evaluation", "prediction", "language_model"),
 ]
-OF_TWO = [n for n in rank_cases.CASES if n not in rank_cases.ENDING and n != "elastic"]
+OF_TWO = [
+    *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
+    *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
+    *("one_sum_an_update", "half_precision_sums", "own_lists", "own_predictions", "files"),
+    *("full_disk", "watched", "out_of_step"),
+]
+DIFFERENT = ("dropout", "files", "own_predictions", "watched", "out_of_step")
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_cases(2, OF_TWO, tmp_path_factory.mktemp("two"))
+    found = run_cases(2, SAME_AS_ONE, tmp_path_factory.mktemp("same"))
+    return found | run_cases(2, OF_TWO, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def test_three_ranks_do_what_one_process_does(three, name, tmp_path):
     assert_close(three[name][0], rank_cases.CASES[name](tmp_path), name)
 
 
-@pytest.mark.parametrize("name", [n for n in OF_TWO if n not in ("dropout", "files")])
+@pytest.mark.parametrize("name", [n for n in SAME_AS_ONE + OF_TWO if n not in DIFFERENT])
 def test_all_ranks_return_the_same(two, name):
     assert two[name][0] == two[name][1]
 
@@ -196,10 +203,42 @@ def test_nan_on_one_rank_is_the_same_error_at_the_same_step(two):
 
 def test_sigterm_to_one_rank_ends_all_after_the_next_step(tmp_path):
     processes = start(2, [rank_cases.__file__, tmp_path, "terminated"], tmp_path)
-    codes, _ = end(processes)
-    assert codes == [143, 143]
+    assert end(processes) == [143, 143]
     found = [path.name for path in (tmp_path / "terminated" / "run").iterdir()]
     assert found == ["step-00000008"]
+
+
+def test_ranks_that_do_different_things_are_told_so(two):
+    for found in two["out_of_step"]:
+        assert found["type"] == "DistributedError"
+        assert "not at the same place" in found["text"]
+
+
+def test_one_rank_may_predict_a_batch_by_itself(two, tmp_path):
+    first, second = two["own_predictions"]
+    assert first["history"] == second["history"]
+    assert (first["shapes"], second["shapes"]) == ([], [[3, 4]] * 6)
+
+
+def test_waiting_is_told_from_sending_and_the_slow_rank_is_named(two):
+    first, second = two["watched"]
+    assert first["own_wait_ms"] > second["own_wait_ms"]  # 50 ms and none, on an idle machine
+    assert first["straggler"] == second["straggler"] == [1.0, 1.0]
+    assert second["printed"] == ""
+    parameters, header, logs = 8 * 16 + 16 + 16 * 4 + 4, 12, 32
+    assert first["mb"][1] == pytest.approx(4e-6 * (parameters + header + logs), rel=0.1)
+
+
+def test_the_advice_names_what_takes_the_time():
+    monitor = SyncMonitor()
+    monitor.share, monitor.wait_ms, monitor.transfer_ms, monitor.straggler = 0.4, 30.0, 2.0, 3
+    assert "40% of a step, 30.0 ms of it waiting for rank 3" in monitor.advice()
+    monitor.transfer_ms, monitor.mb = 50.0, 12.5
+    assert "50.0 ms of it sending 12.5 MB" in monitor.advice()
+
+
+def test_watching_sends_no_more_in_a_step(two):
+    assert two["watched"][0]["collectives"] == 2  # one message at the epoch's end
 
 
 # --- messages -------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ import mlx.optimizers as optim
 import numpy as np
 
 import mlx_fit
-from mlx_fit import Callback, TensorBoard, Trainer
+from mlx_fit import (
+    Callback,
+    CSVLogger,
+    DeviceMonitor,
+    EarlyStopping,
+    GradientMonitor,
+    JSONLogger,
+    TensorBoard,
+    Trainer,
+)
 
 ROOT = str(Path(mlx_fit.__file__).parent)
 LIMIT = 15
@@ -71,6 +80,29 @@ def test_a_steady_batch_makes_at_most_15_calls(tmp_path, capsys):
     """With metrics, the bar and TensorBoard on."""
     usual = min(calls_of_a_steady_batch(tmp_path), key=lambda calls: calls.total())
     assert usual.total() <= LIMIT, describe(usual)
+
+
+def test_watchers_that_only_look_add_no_calls(tmp_path, capsys):
+    """They look when an epoch ends; the wait for data is measured by the loop itself."""
+    watchers = [
+        TensorBoard(tmp_path),
+        CSVLogger(tmp_path / "a.csv"),
+        JSONLogger(tmp_path / "a.jsonl"),
+        DeviceMonitor(),
+        EarlyStopping("loss"),
+        GradientMonitor(),
+    ]
+    counts = []
+    for callbacks in ([], watchers):
+        profile = Profile(range(31, 38))
+        x, y = np.zeros((400, 4), np.float32), np.zeros(400, np.int32)
+        trainer = Trainer(nn.Linear(4, 3), optim.Adam(0.01), "cross_entropy", batch_size=10)
+        try:
+            trainer.fit((x, y), callbacks=[profile, *callbacks], verbose=0)
+        finally:
+            sys.setprofile(None)
+        counts.append(min(calls.total() for calls in profile.calls))
+    assert counts[0] == counts[1] <= 13
 
 
 def test_every_batch_between_two_looks_costs_the_same(tmp_path, capsys):

@@ -64,6 +64,11 @@ class Mismatch:
         hint = ""
         if found == expected[::-1] and len(found) == 2:
             hint = "; it looks transposed (transformers' Conv1D): give tensor.T"
+        elif num_groups := _groups(found, expected):
+            hint = (
+                f"; PyTorch's layer has groups={num_groups}: give this one as many (MLX's "
+                "transposed convolutions have none: use one layer for each group)"
+            )
         return f"{_described(slot)}: torch's {source!r} is {found}, expected {expected}{hint}"
 
     def _missing_line(self, slot: Slot) -> str:
@@ -92,6 +97,11 @@ class Mismatch:
                 "The attention has biases in PyTorch: make it nn.MultiHeadAttention(dims, heads, "
                 "bias=True), also inside of nn.TransformerEncoderLayer, which makes it without."
             )
+        if any(".parametrizations." in name for name in self.extra):
+            advice.append(
+                "A parametrization cannot be computed from its tensors here: call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first."
+            )
         if self.missing and self.extra:
             advice.append("Other names go through rename={'torch name': 'name expected here'}.")
         elif self.extra:
@@ -114,6 +124,14 @@ def nearest(name: str, shape: Shape, candidates: Mapping[str, Shape]) -> str:
         ),
     )
     return ", ".join(f"{other!r} {candidates[other]}" for other in ranked[:3]) or "nothing is left"
+
+
+def _groups(found: Shape, expected: Shape) -> int:
+    """The groups of a convolution whose counterpart has none; 0 where that is not what differs."""
+    alike = (
+        len(found) == len(expected) > 2 and found[::2] + found[3:] == expected[::2] + expected[3:]
+    )
+    return expected[1] // found[1] if alike and found[1] and expected[1] % found[1] == 0 else 0
 
 
 def _described(slot: Slot) -> str:

@@ -14,6 +14,7 @@ from mlx_fit._tree import assign, named_arrays
 from mlx_fit.checks import boolean
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.interop.torch.mismatch import Mismatch
+from mlx_fit.interop.torch.parametrized import folded
 from mlx_fit.interop.torch.report import LoadedArray, LoadReport
 from mlx_fit.interop.torch.slots import Slot
 from mlx_fit.interop.torch.sources import TORCH_FILES, Rename, read_state, renamed
@@ -38,7 +39,8 @@ def load_weights(
     inside of MLX's transformer layers. The layout is converted by the type of the layer:
     convolutions to channels last, packed attention projections split, the two biases of recurrent
     layers added. A list of recurrent layers takes a PyTorch layer with ``num_layers``; with
-    ``bidirectional`` it is ``[forward 0, backward 0, forward 1, ...]``.
+    ``bidirectional`` it is ``[forward 0, backward 0, forward 1, ...]``. Weights under
+    ``weight_norm`` and ``spectral_norm`` become what the module uses in evaluation.
 
     Either everything is loaded or nothing.
 
@@ -76,7 +78,8 @@ def load_weights(
         isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)
     ):
         raise ConfigurationError(f"dtype={dtype!r}; expected a floating one, such as mx.float32.")
-    given = read_state(source)
+    own = [name for name, _ in named_arrays(model.parameters())]
+    given = folded(read_state(source), {name.rpartition(".")[2] for name in own})
     names = renamed(given, rename)
     state = {name: given[old] for name, old in names.items()}
     slots = Structure(model, state).slots
