@@ -188,11 +188,21 @@ class Subset:
     Args:
         dataset: a dataset, or arrays as for :class:`ArrayDataset`.
         indices: integers of shape ``(rows,)``.
+
+    Raises:
+        ConfigurationError: ``indices`` are something else, such as a boolean mask.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int] | np.ndarray) -> None:
         self.dataset = rows_of(dataset)
-        self.indices = np.asarray(indices, dtype=np.int64)
+        given = np.asarray(indices)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            # NumPy would read a mask as rows 0 and 1, and cut off fractions.
+            raise ConfigurationError(
+                f"Subset got indices of dtype {given.dtype} and shape {given.shape}; expected "
+                "integers of shape (rows,). Of a boolean mask pass numpy.flatnonzero(mask)."
+            )
+        self.indices = given.astype(np.int64, copy=False)
 
     def __len__(self) -> int:
         return len(self.indices)
