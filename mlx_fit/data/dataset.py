@@ -63,7 +63,17 @@ def is_dataset(data: Any) -> bool:
 
 
 def rows_of(data: Any) -> Any:
-    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams."""
+    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams.
+
+    Raises:
+        ConfigurationError: it is text, whose characters nobody means as rows.
+    """
+    if isinstance(data, str | bytes):
+        raise ConfigurationError(
+            f"dataset is the {type(data).__name__} {data!r:.60}; expected arrays or a dataset. To "
+            "read a file use read_csv, open_arrays, open_table or ImageFolder of mlx_fit.data, or "
+            "mlx_fit.text.TextDataset."
+        )
     if is_arrow_table(data):
         return open_table(data)
     if is_mlx_stream(data):

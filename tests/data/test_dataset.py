@@ -122,6 +122,13 @@ def test_datasets_are_concatenated_in_order():
         joined[4]
 
 
+@pytest.mark.parametrize("text", ["data/train.csv", b"train"])
+def test_text_is_no_dataset_of_its_characters(text):
+    for read in (DataLoader, lambda data: Subset(data, [0]), lambda data: ConcatDataset([data])):
+        with pytest.raises(ConfigurationError, match=r"train.*open_table"):
+            read(text)
+
+
 def test_map_draws_from_seed_epoch_and_index():
     noisy = Map(Squares(5), lambda row, rng: row + rng.random())
     batches = list(DataLoader(noisy.seeded(7, 2), batch_size=5, seed=7))
