@@ -201,3 +201,13 @@ def test_documents_of_one_token_or_none_are_no_trouble():
     assert sum(batch.weights.sum() for batch in batches) == 1
     (batch,) = PackedBatches([([], []), ([1], [1]), ([1, 2], [1, 1])], 2, 4, seed=0)
     assert batch.weights.sum() == 1
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**32 + 5])
+@pytest.mark.parametrize(
+    "pack", [lambda rows: BucketBatches(rows, 2), lambda rows: PackedBatches(rows, 2, 4)]
+)
+def test_token_ids_that_no_model_has_are_refused(pack, token):
+    with pytest.raises(DataError, match="Row 1 has token ids from") as caught:
+        pack([([1, 2], [1, 1]), ([3, token], [1, 1])])
+    assert caught.value.index == 1
