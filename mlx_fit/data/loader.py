@@ -20,7 +20,13 @@ from mlx_fit.data.batching import (
     warn_of_discarding,
 )
 from mlx_fit.data.dataset import is_dataset, rows_of
-from mlx_fit.data.options import check_exclusions, check_stream, seed_of, worker_options
+from mlx_fit.data.options import (
+    check_exclusions,
+    check_kinds,
+    check_stream,
+    seed_of,
+    worker_options,
+)
 from mlx_fit.data.order import ORDER_VERSION, order
 from mlx_fit.data.position import Place, Position, check_state
 from mlx_fit.data.reader import Reader
@@ -118,6 +124,7 @@ class DataLoader:
         rank: int = 0,
     ) -> None:
         check_exclusions(batch_size, shuffle, sampler, batch_sampler, drop_last)
+        check_kinds(sampler, batch_sampler, collate_fn)
         self.dataset = rows_of(dataset)
         self.batch_size = (
             None if batch_sampler is not None else natural("batch_size", batch_size, 1)
