@@ -162,6 +162,8 @@ class TestPosition:
             make().load_state_dict({"epoch": 1})
         with pytest.raises(ResumeError, match=r"batches_consumed=-1 in a .* is no position"):
             make().load_state_dict({**make().state_dict(), "batches_consumed": -1})
+        with pytest.raises(ResumeError, match=r"batches_consumed=500 .* an epoch has \d+ batches"):
+            make().load_state_dict({**make().state_dict(), "batches_consumed": 500})
 
     def test_without_a_seed_one_is_drawn_and_kept(self, make):
         loader, other = make(seed=None), make(seed=None)
