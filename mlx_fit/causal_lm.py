@@ -234,6 +234,13 @@ def _parts(batch: Any) -> _Tokens:
             raise DataError(
                 f"{name} have {found}; expected integers of shape (batch, length).", field=name
             )
+    if _is_mask(parts.tokens, parts.targets):
+        raise DataError(
+            "targets are uint8 beside tokens of another dtype: they look like the mask of a "
+            "TextDataset's rows (tokens, mask), not like the next tokens. Batch it with "
+            "BucketBatches or PackedBatches of mlx_fit.text, which make targets and weights.",
+            field="targets",
+        )
     shape = tuple(parts.tokens.shape)
     for name in ("targets", "weights", "segments"):
         array = getattr(parts, name)
@@ -244,6 +251,11 @@ def _parts(batch: Any) -> _Tokens:
                 field=name,
             )
     return parts
+
+
+def _is_mask(tokens: Any, targets: Any) -> bool:
+    """Whether targets are bytes and tokens are not: the dtype of a :class:`TextDataset`'s masks."""
+    return targets.dtype in (np.uint8, mx.uint8) and tokens.dtype not in (np.uint8, mx.uint8)
 
 
 def _is_integer(array: Any) -> bool:

@@ -9,14 +9,32 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_fit._tree import RandomState
-from mlx_fit.batch import describe, signature, to_mlx, unpack
+from mlx_fit.batch import TextBatch, describe, signature, to_mlx, unpack
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
+from mlx_fit.errors import DataError
 from mlx_fit.logs import FOLD, Sums
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, float32, forward
 from mlx_fit.options import StepOptions
+
+
+def _inputs(batch: Any) -> Any:
+    """What a model is called with: ``x``, or the tokens of a batch of text.
+
+    Raises:
+        DataError: rows of the batch hold several documents, which would see each other.
+    """
+    if not isinstance(batch, TextBatch):
+        return unpack(batch).x
+    if np.max(np.asarray(batch.segments), initial=0) > 1:
+        raise DataError(
+            "The batch has several documents in a row, which outputs cannot keep apart. For "
+            "predictions use BucketBatches instead of PackedBatches."
+        )
+    return batch.tokens
 
 
 class EvaluationStep:
@@ -115,7 +133,7 @@ class PredictionStep:
 
     def __call__(self, host_batch: Any) -> Any:
         """Outputs, a tree of evaluated MLX arrays. Targets and weights are ignored."""
-        x = to_mlx(unpack(host_batch).x)
+        x = to_mlx(_inputs(host_batch))
         random_state = RandomState()
         try:
             outputs = self._batch(signature(x), x)

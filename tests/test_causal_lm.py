@@ -11,6 +11,7 @@ from llama import TextBatch, make_llama, text_batches
 from mlx.utils import tree_flatten
 
 from mlx_fit import CausalLM, ConfigurationError, DataError, Trainer
+from mlx_fit.data import DataLoader, Subset
 
 
 class Bigram(nn.Module):
@@ -333,3 +334,17 @@ class Last(Bigram):
 def test_directions_are_known():
     assert CausalLM().directions["perplexity"] is False
     assert CausalLM().directions["accuracy"] is True
+
+
+def test_a_mask_is_not_taken_for_targets():
+    rows = [(np.array([1, 2, 3], np.int32), np.array([0, 1, 1], np.uint8))] * 2
+    trainer = Trainer(make_llama(), optim.SGD(0.1), objective=CausalLM(), batch_size=2, seed=0)
+    for data in (DataLoader(rows, 2), Subset(rows, [0, 1])):
+        with pytest.raises(DataError, match=r"mask of a TextDataset.*BucketBatches"):
+            trainer.fit(data, verbose=0)
+
+
+def test_bytes_may_be_tokens_and_targets():
+    tokens = np.array([[1, 2, 3]], np.uint8)
+    trainer = Trainer(make_llama(), optim.SGD(0.1), objective=CausalLM())
+    assert trainer.evaluate([(tokens, tokens)], verbose=0)["num_tokens"] == 3

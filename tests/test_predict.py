@@ -9,6 +9,7 @@ import pytest
 from toys import Do, Ones, Recorder, batch_of, raising, ramp, rows_of_ones, trainer_of
 
 from mlx_fit import ConfigurationError, DataError, Trainer
+from mlx_fit.text import BucketBatches, PackedBatches
 
 
 class Function(nn.Module):
@@ -194,3 +195,19 @@ def test_a_wrong_shape_names_the_batch():
     with pytest.raises(ValueError, match="shape") as caught:
         trainer_of().predict(np.ones((3, 5), np.float32), verbose=0)
     assert "x: (3, 5) float32" in str(caught.value.__notes__)
+
+
+def test_of_text_the_tokens_are_given_to_the_model():
+    rows = [(np.arange(1, 4), np.ones(3)), (np.arange(1, 6), np.ones(5))]
+    loader = BucketBatches(rows, 1, shuffle=False)
+    parts = list(Trainer(Function(lambda tokens: 2 * tokens)).predict_batches(loader, verbose=0))
+    assert sorted(np.trim_zeros(part[0]).tolist() for part in parts) == [
+        [2, 4, 6],
+        [2, 4, 6, 8, 10],
+    ]
+
+
+def test_packed_text_is_refused():
+    rows = [(np.arange(1, 4), np.ones(3))] * 2
+    with pytest.raises(DataError, match="several documents in a row"):
+        predict(lambda tokens: tokens, PackedBatches(rows, 1, 6))

@@ -63,7 +63,17 @@ def is_dataset(data: Any) -> bool:
 
 
 def rows_of(data: Any) -> Any:
-    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams."""
+    """``data`` as a dataset: arrays, tuples and dicts of them, Arrow tables, mlx-data's streams.
+
+    Raises:
+        ConfigurationError: it is text, whose characters nobody means as rows.
+    """
+    if isinstance(data, str | bytes):
+        raise ConfigurationError(
+            f"dataset is the {type(data).__name__} {data!r:.60}; expected arrays or a dataset. To "
+            "read a file use read_csv, open_arrays, open_table or ImageFolder of mlx_fit.data, or "
+            "mlx_fit.text.TextDataset."
+        )
     if is_arrow_table(data):
         return open_table(data)
     if is_mlx_stream(data):
@@ -188,11 +198,21 @@ class Subset:
     Args:
         dataset: a dataset, or arrays as for :class:`ArrayDataset`.
         indices: integers of shape ``(rows,)``.
+
+    Raises:
+        ConfigurationError: ``indices`` are something else, such as a boolean mask.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int] | np.ndarray) -> None:
         self.dataset = rows_of(dataset)
-        self.indices = np.asarray(indices, dtype=np.int64)
+        given = np.asarray(indices)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            # NumPy would read a mask as rows 0 and 1, and cut off fractions.
+            raise ConfigurationError(
+                f"Subset got indices of dtype {given.dtype} and shape {given.shape}; expected "
+                "integers of shape (rows,). Of a boolean mask pass numpy.flatnonzero(mask)."
+            )
+        self.indices = given.astype(np.int64, copy=False)
 
     def __len__(self) -> int:
         return len(self.indices)

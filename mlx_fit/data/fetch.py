@@ -64,8 +64,17 @@ def stream_fetcher(
 
 
 def add_position(error: Exception, samples: str, epoch: int, batch: int) -> None:
-    """Note on ``error`` which samples were being read when it was raised."""
-    error.add_note(f"While reading {samples} (epoch {epoch}, batch {batch}, counted from 0).")
+    """Note on ``error`` which samples were being read when it was raised.
+
+    Raises:
+        RuntimeError: it is a StopIteration, which cannot leave an iterator as an error.
+    """
+    note = f"While reading {samples} (epoch {epoch}, batch {batch}, counted from 0)."
+    if isinstance(error, StopIteration):
+        stopped = RuntimeError("The dataset or collate_fn raised StopIteration.")
+        stopped.add_note(note)
+        raise stopped from error
+    error.add_note(note)
 
 
 def _fetch_arrays(dataset: ArrayDataset, indices: Indices, epoch: int, batch: int) -> Any:

@@ -20,13 +20,19 @@ from mlx_fit.data.batching import (
     warn_of_discarding,
 )
 from mlx_fit.data.dataset import is_dataset, rows_of
-from mlx_fit.data.options import check_exclusions, check_stream, seed_of, worker_options
+from mlx_fit.data.options import (
+    check_exclusions,
+    check_kinds,
+    check_stream,
+    seed_of,
+    worker_options,
+)
 from mlx_fit.data.order import ORDER_VERSION, order
 from mlx_fit.data.position import Place, Position, check_state
 from mlx_fit.data.reader import Reader
 from mlx_fit.data.recipe import Recipe
 from mlx_fit.data.shares import Rates, check_replica
-from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.errors import ConfigurationError, DataError, ResumeError
 
 __all__ = ["DataLoader"]
 
@@ -118,6 +124,7 @@ class DataLoader:
         rank: int = 0,
     ) -> None:
         check_exclusions(batch_size, shuffle, sampler, batch_sampler, drop_last)
+        check_kinds(sampler, batch_sampler, collate_fn)
         self.dataset = rows_of(dataset)
         self.batch_size = (
             None if batch_sampler is not None else natural("batch_size", batch_size, 1)
@@ -242,11 +249,22 @@ class DataLoader:
             ResumeError: the state belongs to another set-up, or is no state of a DataLoader.
         """
         check_state(state, self.state_dict(), self.draws_seed)
+        self._check_consumed(state["samples_consumed"])
         self.seed = state["seed"]
         self._place.position = Position(
             state["epoch"], state["samples_consumed"], state.get("dataset_state")
         )
         self._place.is_loaded = True
+
+    def _check_consumed(self, consumed: int) -> None:
+        """That a pass in the loader's own order can stand after ``consumed`` samples."""
+        if self._num_rows is None or self.sampler is not None or self.batch_size is None:
+            return
+        if consumed != self._num_rows and (consumed > self._num_rows or consumed % self.batch_size):
+            raise ResumeError(
+                f"samples_consumed={consumed} in a DataLoader state is no position: no batch of "
+                f"{self.batch_size} of {self._num_rows} samples ends there."
+            )
 
     def _num_samples(self) -> int | None:
         """Samples of an epoch, before ``drop_last``."""

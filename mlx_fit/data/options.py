@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ import numpy as np
 from mlx_fit.checks import boolean, natural
 from mlx_fit.errors import ConfigurationError
 
-__all__ = ["WorkerOptions", "check_exclusions", "check_stream", "seed_of", "worker_options"]
+__all__ = [
+    "WorkerOptions",
+    "check_exclusions",
+    "check_kinds",
+    "check_stream",
+    "seed_of",
+    "worker_options",
+]
 
 
 def check_exclusions(
@@ -35,6 +42,24 @@ def check_exclusions(
     if sampler is not None and shuffle:
         raise ConfigurationError(
             "sampler decides the order, so shuffle=True cannot be given too; leave one of them out."
+        )
+
+
+def check_kinds(sampler: Any, batch_sampler: Any, collate_fn: Any) -> None:
+    """That samplers can be iterated over and ``collate_fn`` can be called.
+
+    Raises:
+        ConfigurationError: one cannot.
+    """
+    for name, value in (("sampler", sampler), ("batch_sampler", batch_sampler)):
+        if value is not None and not isinstance(value, Iterable):
+            items = "lists of row indices" if name == "batch_sampler" else "row indices"
+            raise ConfigurationError(
+                f"{name} is a {type(value).__name__}; expected an iterable of {items}."
+            )
+    if collate_fn is not None and not callable(collate_fn):
+        raise ConfigurationError(
+            f"collate_fn is a {type(collate_fn).__name__}; expected a function of a list of rows."
         )
 
 

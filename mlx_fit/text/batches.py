@@ -18,6 +18,7 @@ from mlx_fit.checks import natural
 from mlx_fit.data.order import ORDER_VERSION
 from mlx_fit.data.position import check_state
 from mlx_fit.data.shares import Splittable
+from mlx_fit.errors import ResumeError
 from mlx_fit.text.items import flat, item, lengths_of
 from mlx_fit.text.tokens import TokenStore
 
@@ -176,6 +177,11 @@ class TokenBatches(Splittable):
             kind=type(self).__name__,
             consumed="batches_consumed",
         )
+        if state["batches_consumed"] > len(self):
+            raise ResumeError(
+                f"batches_consumed={state['batches_consumed']} in a {type(self).__name__} state is "
+                f"no position: an epoch has {len(self)} batches."
+            )
         self.seed = state["seed"]
         self._position = _Position(state["epoch"], state["batches_consumed"])
         self._is_loaded = True

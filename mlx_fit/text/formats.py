@@ -64,7 +64,8 @@ def _completions(row: Mapping[str, Any], place: Place) -> Completion:
 
 def _alpaca(row: Mapping[str, Any], place: Place) -> Completion:
     instruction = string(required(row, "instruction", place), "instruction", place)
-    context = string(row.get("input") or "", "input", place)
+    given = row.get("input")
+    context = "" if given is None else string(given, "input", place)
     output = string(required(row, "output", place), "output", place)
     for key in ("history", "system"):
         if row.get(key):
@@ -99,13 +100,14 @@ def _sharegpt(row: Mapping[str, Any], place: Place) -> Chat:
         messages.append(_said(turn_mapping(turn, where, place), where, place))
     check_turns([message["role"] for message in messages], key, place)
     first = 0
-    if system := row.get("system"):
+    system = row.get("system")
+    if system is not None and string(system, "system", place):
         if messages[0]["role"] == "system":
             raise place.error(
                 "field 'system' is given, and conversations[0] is a system turn too; keep one.",
                 field="system",
             )
-        messages.insert(0, {"role": "system", "content": string(system, "system", place)})
+        messages.insert(0, {"role": "system", "content": system})
         first = -1
     learned = [message["role"] == "assistant" for message in messages]
     return Chat(messages, learned, tool_list(row.get("tools"), "tools", place), key, first)

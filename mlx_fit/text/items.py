@@ -14,6 +14,8 @@ from mlx_fit.text.tokens import TokenStore
 
 __all__ = ["FlatRows", "TokenRows", "flat", "item", "lengths_of", "row_name"]
 
+_LARGEST = np.iinfo(np.int32).max
+
 
 @runtime_checkable
 class TokenRows(Protocol):
@@ -81,6 +83,12 @@ def item(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(
             f"Row {index} has tokens of dtype {tokens.dtype} and a mask of dtype {mask.dtype}; "
             "expected integers, and 1 where a token is a target.",
+            index=index,
+        )
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= _LARGEST:
+        raise DataError(
+            f"Row {index} has token ids from {tokens.min()} to {tokens.max()}; expected 0 to "
+            "2^31 - 1. Padding is not needed, and what is no target has 0 in the mask.",
             index=index,
         )
     return tokens.astype(np.int32, copy=False), mask

@@ -146,8 +146,8 @@ def tool_list(value: Any, field: str, place: Place) -> list[Any] | None:
     Raises:
         DataError: it is something else.
     """
-    tools = parsed(value, field, place) if value else None
-    if not tools:
+    tools = None if value is None or value == "" else parsed(value, field, place)
+    if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise place.error(

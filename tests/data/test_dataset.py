@@ -104,12 +104,29 @@ def test_a_subset_reads_whole_batches_of_arrays():
     assert Subset(Squares(9), [8, 3]).__getitems__([1, 0]) == [9, 64]
 
 
+@pytest.mark.parametrize("indices", [np.arange(10) < 3, [True, False], [1.5], 3, [[0, 1]], ["a"]])
+def test_indices_of_a_subset_that_are_no_integers_are_refused(indices):
+    with pytest.raises(ConfigurationError, match=r"expected integers of shape \(rows,\)"):
+        Subset(np.arange(10), indices)
+
+
+def test_a_subset_may_be_empty():
+    assert len(Subset(np.arange(10), [])) == 0
+
+
 def test_datasets_are_concatenated_in_order():
     joined = ConcatDataset([Squares(3), Squares(0), Subset(Squares(9), [5])])
     assert [joined[i] for i in range(len(joined))] == [0, 1, 4, 25]
     assert joined[-1] == 25
     with pytest.raises(IndexError):
         joined[4]
+
+
+@pytest.mark.parametrize("text", ["data/train.csv", b"train"])
+def test_text_is_no_dataset_of_its_characters(text):
+    for read in (DataLoader, lambda data: Subset(data, [0]), lambda data: ConcatDataset([data])):
+        with pytest.raises(ConfigurationError, match=r"train.*open_table"):
+            read(text)
 
 
 def test_map_draws_from_seed_epoch_and_index():

@@ -125,6 +125,9 @@ def test_no_rows_give_no_batches():
         ({"batch_size": None}, "batch_size=None"),
         ({"shuffle": "batch"}, "shuffle='batch'"),
         ({"drop_last": 1}, "drop_last=1"),
+        ({"sampler": 3}, "sampler is a int"),
+        ({"batch_sampler": 3}, "batch_sampler is a int"),
+        ({"collate_fn": 3}, "collate_fn is a int"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 0.5}, "seed=0.5"),
     ],
@@ -465,3 +468,17 @@ def test_a_failing_iterable_names_the_row():
     with pytest.raises(OSError, match="gone") as caught:
         list(DataLoader(broken(), batch_size=4))
     assert "sample 6 (epoch 0, batch 1" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_a_sample_that_raises_stop_iteration_is_named(timeout):
+    class Ends:
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return index if index != 37 else next(iter(()))
+
+    with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+        list(DataLoader(Ends(), 4, timeout=timeout))
+    assert "sample 37 (epoch 0, batch 9" in caught.value.__notes__[0]

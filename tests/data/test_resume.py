@@ -82,3 +82,10 @@ def test_a_state_whose_position_is_no_number_is_refused(field, value):
     loader = DataLoader(range(10), 2)
     with pytest.raises(ResumeError, match=f"{field}={value!r} in a DataLoader state is no pos"):
         loader.load_state_dict({**loader.state_dict(), field: value})
+
+
+@pytest.mark.parametrize("consumed", [3, 12, 400])
+def test_a_state_where_no_batch_ends_is_refused(consumed):
+    loader = DataLoader(range(10), 4)
+    with pytest.raises(ResumeError, match=rf"samples_consumed={consumed} .* of 10 samples ends"):
+        loader.load_state_dict({**loader.state_dict(), "samples_consumed": consumed})

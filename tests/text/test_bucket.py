@@ -162,6 +162,8 @@ class TestPosition:
             make().load_state_dict({"epoch": 1})
         with pytest.raises(ResumeError, match=r"batches_consumed=-1 in a .* is no position"):
             make().load_state_dict({**make().state_dict(), "batches_consumed": -1})
+        with pytest.raises(ResumeError, match=r"batches_consumed=500 .* an epoch has \d+ batches"):
+            make().load_state_dict({**make().state_dict(), "batches_consumed": 500})
 
     def test_without_a_seed_one_is_drawn_and_kept(self, make):
         loader, other = make(seed=None), make(seed=None)
@@ -201,3 +203,13 @@ def test_documents_of_one_token_or_none_are_no_trouble():
     assert sum(batch.weights.sum() for batch in batches) == 1
     (batch,) = PackedBatches([([], []), ([1], [1]), ([1, 2], [1, 1])], 2, 4, seed=0)
     assert batch.weights.sum() == 1
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**32 + 5])
+@pytest.mark.parametrize(
+    "pack", [lambda rows: BucketBatches(rows, 2), lambda rows: PackedBatches(rows, 2, 4)]
+)
+def test_token_ids_that_no_model_has_are_refused(pack, token):
+    with pytest.raises(DataError, match="Row 1 has token ids from") as caught:
+        pack([([1, 2], [1, 1]), ([3, token], [1, 1])])
+    assert caught.value.index == 1

@@ -273,3 +273,14 @@ def test_orders_that_are_in_use_are_read(turns):
 )
 def test_formats_are_recognised_by_their_fields(row, format):
     assert recognised(row) == format
+
+
+@pytest.mark.parametrize("value", [0, False, [], {}])
+def test_an_empty_value_of_the_wrong_type_is_no_missing_field(value):
+    answer = {"conversations": said("human", "gpt")}
+    assert wrong("alpaca", instruction="a", input=value, output="b")[1] == "input"
+    assert wrong("sharegpt", system=value, **answer)[1] == "system"
+    if value != []:
+        assert wrong("sharegpt", tools=value, **answer)[1] == "tools"
+    assert read("sharegpt", system=None, tools=None, **answer) == read("sharegpt", **answer)
+    assert read("sharegpt", system="", tools="", **answer) == read("sharegpt", **answer)
