@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -25,11 +27,69 @@ REPLACED = {
     "clip_gradients": "give clip_norm= or clip_value= to the trainer",
     "float": "use x.astype(mx.float32)",
     "long": "use x.astype(mx.int32)",
-    "view": "use x.reshape(...); MLX's view changes the dtype",
     "permute": "use x.transpose(...)",
     "unsqueeze": "use mx.expand_dims(x, axis)",
-    "size": "use x.shape; x.size is the number of elements",
+    "dim": "use x.ndim",
+    "numel": "use x.size",
+    "expand": "use mx.broadcast_to(x, shape)",
+    "repeat": "use mx.tile(x, repeats)",
+    "contiguous": "leave it out",
+    "clone": "leave it out: no operation changes an array that others hold",
+    "masked_fill": "use mx.where(mask, value, x)",
+    "chunk": "use mx.split(x, count, axis)",
+    "softmax": "use mx.softmax(x, axis)",
+    "relu": "use nn.relu(x)",
+    "half": "use x.astype(mx.float16), for a model model.set_dtype(mx.float16); precision= casts",
+    "grad": "use GradientMonitor to watch gradients; nn.value_and_grad returns them",
+    "retain_grad": "nn.value_and_grad returns gradients; GradientMonitor watches them",
+    "state_dict": "use model.parameters(), or interop.torch.export_weights(model)",
+    "load_state_dict": "use interop.torch.load_weights(model, source)",
+    "named_parameters": "use mlx.utils.tree_flatten(model.trainable_parameters())",
+    "register_buffer": "set the array as an attribute and freeze it: self.freeze(keys=[name])",
+    "register_parameter": "set the array as an attribute",
+    "add_module": "set the module as an attribute",
 }
+
+
+# Names of PyTorch's operations in place, without the last "_", where MLX's name is another.
+_IN_PLACE = {
+    "mul": "multiply",
+    "sub": "subtract",
+    "div": "divide",
+    "clamp": "clip",
+    "zero": "zeros_like",
+    "fill": "full",
+    "pow": "power",
+    "copy": "array",
+    "masked_fill": "where",
+    "neg": "negative",
+}
+
+# What is there in MLX too, but not as PyTorch has it: beginnings of errors, and what to do.
+_MISUSED = [
+    (r"^view\(\): incompatible", "use x.reshape(...); MLX's view changes the dtype"),
+    (r"kwargs = \{.*\bdim\b", "PyTorch's dim= is axis= in MLX, keepdim= is keepdims="),
+    (r"kwargs = \{.*\bkeepdim\b", "PyTorch's keepdim= is keepdims= in MLX"),
+    (
+        r"^'int' object is not callable",
+        "if it is x.size(): in MLX x.size is the number of elements; use x.shape",
+    ),
+    (
+        r"^'array' object is not callable",
+        "if it is optimizer.step(): in MLX that is the number of updates; return the loss, and the "
+        "trainer updates the weights",
+    ),
+    (
+        r"\[eval\] Attempting to eval an array during function transformations",
+        "a step is compiled: .item(), float(x), .tolist() and `if x:` cannot read values in it. "
+        "Return or log arrays, use mx.where, or debug with Trainer(compile=False)",
+    ),
+    (
+        r"must be Tensor, not (mlx\.core\.)?array",
+        "torch's functions take no MLX arrays: use those of mlx.core and mlx.nn; torch's losses "
+        "have names here, such as loss='cross_entropy'",
+    ),
+]
 
 
 def explain(error: Exception) -> None:
@@ -42,7 +102,27 @@ def explain(error: Exception) -> None:
     ...     error.__notes__
     ['MLX has no .backward: return the loss; the trainer differentiates it.']
     """
-    if not isinstance(error, AttributeError) or error.name not in REPLACED:
-        return
-    if isinstance(error.obj, (mx.array, nn.Module, optim.Optimizer)):
-        error.add_note(f"MLX has no .{error.name}: {REPLACED[error.name]}.")
+    if isinstance(error, AttributeError):
+        remedy = replacement(error.name or "")
+        if remedy and isinstance(error.obj, (mx.array, nn.Module, optim.Optimizer)):
+            error.add_note(f"MLX has no .{error.name}: {remedy}.")
+    elif isinstance(error, (TypeError, ValueError)):
+        text = str(error)
+        for pattern, remedy in _MISUSED:
+            if re.search(pattern, text):
+                error.add_note(f"{remedy[0].upper()}{remedy[1:]}.")
+                return
+
+
+def replacement(name: str) -> str | None:
+    """What takes the place of PyTorch's ``name``, where that is known.
+
+    >>> replacement("add_")
+    'MLX has no operations in place: write x = mx.add(...)'
+    """
+    if name in REPLACED:
+        return REPLACED[name]
+    plain = name.removesuffix("_")
+    if plain == name or plain.startswith("_") or not hasattr(mx, _IN_PLACE.get(plain, plain)):
+        return None
+    return f"MLX has no operations in place: write x = mx.{_IN_PLACE.get(plain, plain)}(...)"

@@ -7,6 +7,7 @@ The module is an ``mlx.nn`` one; :func:`lightning_trainer` makes the trainer tha
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,29 @@ from mlx_fit.habits import REPLACED
 from mlx_fit.trainer import Trainer
 
 __all__ = ["LightningModule", "lightning_trainer", "loaders"]
+
+
+_CALLBACK = "give fit a callback (mlx_fit.callbacks.Callback) instead"
+_LOADER = "give its data to fit, evaluate or predict instead"
+# What Lightning would call and this adapter does not, and what takes its place.
+_NEVER_CALLED = {
+    "test_step": "evaluate(data) calls validation_step; test_step = validation_step is fine",
+    "predict_step": "predict(data) calls forward",
+    "optimizer_step": "the trainer updates the weights",
+    "optimizer_zero_grad": "gradients are made anew for every update",
+    "backward": "the trainer differentiates the loss",
+    "configure_gradient_clipping": "give clip_norm= or clip_value= to lightning_trainer",
+    "lr_scheduler_step": "give the optimizer a schedule, or fit a callback",
+    "configure_callbacks": "give callbacks= to fit",
+    "configure_model": "make the layers in __init__",
+    **dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader"), _LOADER),
+    **dict.fromkeys(("predict_dataloader", "prepare_data", "setup"), _LOADER),
+}
+_HOOK = re.compile(
+    r"on_((fit|train|validation|test|predict|sanity_check)_|before_|after_|save_|load_)"
+)
+# Options of Lightning's log that ask for what happens anyhow.
+_FULFILLED = {"prog_bar": True, "logger": True, "on_epoch": True, "on_step": False}
 
 
 class _Log:
@@ -91,12 +115,15 @@ class LightningModule(nn.Module, ABC):
         In validation a name's leading ``val_`` is dropped, as the history adds it.
 
         Raises:
-            ConfigurationError: called outside of a step, with options, or without a name.
+            ConfigurationError: called outside of a step, without a name, or with options, but
+                for those of Lightning that ask for just this: ``prog_bar=True``, ``logger=True``,
+                ``on_epoch=True``, ``on_step=False``.
         """
-        if options:
+        if others := [key for key in options if _FULFILLED.get(key) is not options[key]]:
             raise ConfigurationError(
-                f"self.log({name!r}, ..., {', '.join(options)}=...): every value that is logged is "
-                "averaged over the epoch and shown; leave the options out."
+                f"self.log({name!r}, ..., {', '.join(f'{k}={options[k]!r}' for k in others)}): "
+                "every value that is logged is averaged over the epoch's rows and shown; leave "
+                "the options out."
             )
         if self._log.values is None:
             raise ConfigurationError(f"self.log({name!r}, ...) was called outside of a step.")
@@ -104,10 +131,10 @@ class LightningModule(nn.Module, ABC):
             raise ConfigurationError(f"self.log({name!r}, ...): expected a name.")
         self._log.values[name] = mx.stop_gradient(mx.array(value))
 
-    def log_dict(self, values: Mapping[str, Any]) -> None:
+    def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
         """Log several scalars."""
         for name, value in values.items():
-            self.log(name, value)
+            self.log(name, value, **options)
 
 
 def lightning_trainer(module: LightningModule, **options: Any) -> Trainer:
@@ -118,7 +145,8 @@ def lightning_trainer(module: LightningModule, **options: Any) -> Trainer:
         options: as for :class:`~mlx_fit.Trainer`, but optimizer, loss, metrics and objective.
 
     Raises:
-        ConfigurationError: the module is none, or gives no single MLX optimizer.
+        ConfigurationError: the module is none, gives no single MLX optimizer, or has methods that
+            Lightning calls and nothing here does.
     """
     if not isinstance(module, LightningModule):
         raise ConfigurationError(
@@ -128,7 +156,24 @@ def lightning_trainer(module: LightningModule, **options: Any) -> Trainer:
         )
     if given := {"optimizer", "loss", "metrics", "objective"} & set(options):
         raise ConfigurationError(f"{sorted(given)} come from the module; leave them out.")
+    _refuse_hooks(module)
     return Trainer(module, _optimizer(module.configure_optimizers()), objective=_step, **options)
+
+
+def _refuse_hooks(module: LightningModule) -> None:
+    """Raise for what would silently never run."""
+    kind = type(module)
+    for name in dir(kind):
+        remedy = _NEVER_CALLED.get(name) or (_CALLBACK if _HOOK.match(name) else None)
+        if remedy is None or getattr(kind, name) is kind.validation_step:
+            continue
+        raise ConfigurationError(f"{kind.__name__}.{name} would never be called: {remedy}.")
+    if getattr(module, "automatic_optimization", True) is not True:
+        raise ConfigurationError(
+            f"{kind.__name__}.automatic_optimization is False; a step returns its loss here, and "
+            "the trainer updates the weights. For another update write a loop over "
+            "Trainer.train_on_batch."
+        )
 
 
 def _optimizer(given: Any) -> optim.Optimizer:

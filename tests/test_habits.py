@@ -2,15 +2,16 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 from toys import ramp, trainer_of
 
-from mlx_fit.habits import explain
+from mlx_fit.habits import REPLACED, explain
 
 
 def notes_of(**options):
     trainer = trainer_of(metrics=[], **options)
-    with pytest.raises(AttributeError) as caught:
+    with pytest.raises((AttributeError, TypeError, ValueError)) as caught:
         trainer.fit(ramp(1), verbose=0)
     return " ".join(caught.value.__notes__)
 
@@ -23,6 +24,17 @@ def notes_of(**options):
         (lambda loss: loss.cuda(), "MLX has no .cuda: leave it out"),
         (lambda loss: loss.numpy(), "MLX has no .numpy: leave values as arrays"),
         (lambda loss: nn.Linear(1, 1).cuda(), "MLX has no .cuda"),
+        (lambda loss: nn.Linear(1, 1).load_state_dict({}), "load_weights(model, source)"),
+        (lambda loss: loss.add_(1), "no operations in place: write x = mx.add(...)"),
+        (lambda loss: loss.mul_(1), "write x = mx.multiply(...)"),
+        (lambda loss: loss.view(-1), "Use x.reshape(...)"),
+        (lambda loss: loss.size(0), "use x.shape"),
+        (lambda loss: loss.sum(dim=0), "dim= is axis="),
+        (lambda loss: loss.sum(axis=0, keepdim=True), "keepdim= is keepdims="),
+        (lambda loss: loss.item(), "A step is compiled"),
+        (lambda loss: float(loss), "A step is compiled"),
+        (lambda loss: optim.SGD(0.1).step(), "the trainer updates the weights"),
+        (lambda loss: pytest.importorskip("torch").relu(loss), "Torch's functions take no MLX"),
     ],
 )
 def test_a_loss_written_as_for_torch_is_explained(written, says):
@@ -39,6 +51,10 @@ def test_an_objective_is_explained_as_well():
         model.zero_grad()
 
     assert "MLX has no .zero_grad: return the loss" in notes_of(objective=objective, loss=None)
+
+
+def test_what_is_said_to_be_missing_is_missing():
+    assert [name for name in REPLACED if hasattr(mx.array(1.0), name)] == []
 
 
 class Own:

@@ -118,7 +118,8 @@ def test_validation_without_a_step_of_its_own_takes_that_of_training(data):
         (lambda self, batch: self.fc(batch[0].cuda()).mean(), r"\.cuda.*unified memory"),
         (lambda self, batch: self.fc(batch[0]).detach().mean(), "stop_gradient"),
         (lambda self, batch: None, "returned no loss. Return it"),
-        (lambda self, batch: self.log("a", 1, prog_bar=True), "prog_bar=.*leave the options out"),
+        (lambda self, batch: self.log("a", 1, on_step=True), "on_step=True.*leave the options out"),
+        (lambda self, batch: self.log("a", 1, batch_size=3), "batch_size=3.*leave the options"),
     ],
 )
 def test_habits_without_counterpart_are_named_with_their_replacement(step, message, data):
@@ -127,6 +128,45 @@ def test_habits_without_counterpart_are_named_with_their_replacement(step, messa
 
     with pytest.raises(ConfigurationError, match=message):
         lightning_trainer(Module()).fit(data, verbose=0)
+
+
+def test_options_of_log_that_ask_for_what_happens_are_taken(data):
+    class Module(Classifier):
+        def training_step(self, batch):
+            self.log_dict({"one": 1.0, "two": 2.0}, prog_bar=True, on_epoch=True, on_step=False)
+            return super().training_step(batch, None)
+
+    history = lightning_trainer(Module()).fit(data, verbose=0)
+    assert history.history["two"] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test_step", "evaluate"),
+        ("predict_step", "forward"),
+        ("on_train_epoch_end", "callback"),
+        ("on_validation_epoch_end", "callback"),
+        ("configure_gradient_clipping", "clip_norm="),
+        ("train_dataloader", "give its data to fit"),
+    ],
+)
+def test_what_would_never_be_called_is_named_with_its_replacement(name, message):
+    kind = type("Module", (Classifier,), {name: lambda self, *args: None})
+    with pytest.raises(ConfigurationError, match=f"Module.{name} would never be called.*{message}"):
+        lightning_trainer(kind())
+
+
+def test_a_test_step_that_is_that_of_validation_is_called(data):
+    kind = type("Module", (Classifier,), {"test_step": Classifier.validation_step})
+    assert "loss" in lightning_trainer(kind()).evaluate(data, verbose=0)
+
+
+def test_an_update_by_hand_is_refused():
+    module = Classifier()
+    module.automatic_optimization = False
+    with pytest.raises(ConfigurationError, match="automatic_optimization is False"):
+        lightning_trainer(module)
 
 
 def test_logging_outside_of_a_step_is_told():

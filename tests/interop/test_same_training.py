@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_fit import Trainer
+from mlx_fit.errors import ConfigurationError
 from mlx_fit.interop.torch import compare, load_weights, optimizers
 from mlx_fit.schedules import warmup_cosine
 
@@ -172,3 +173,18 @@ def test_clipping_warm_up_cosine_and_accumulation_together_follow(kind, batches)
 def test_arguments_of_optimizers_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_parameters_given_first_as_in_pytorch_are_told(kind):
+    make = getattr(optimizers, kind)
+    model = nn.Linear(2, 2)
+    calls = [
+        lambda: make(model.parameters(), lr=0.1),
+        lambda: make(model.parameters()),
+        lambda: make(tnn.Linear(2, 2).parameters(), 0.1),
+        lambda: make(params=[model.weight], lr=0.1),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigurationError, match=rf"^{kind} got parameters.*param_groups"):
+            call()

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
@@ -108,6 +109,8 @@ def compare(
         _, our_calls = record_mlx(mlx_model, lambda: _call(mlx_model, our_args))
         rows, missing = pair.layers(their_calls, our_calls, set(weights))
         buffers = pair.buffers() if training else []
+        if any(call.output is not None and not call.output.size for call in our_calls[-1:]):
+            raise ConfigurationError("inputs hold no rows: empty outputs agree whatever they are.")
         notes: list[str] = []
         if optimizers is not None:
             notes += [f"optimizer: {reason}" for reason in optimizer_reasons(*optimizers)]
@@ -131,6 +134,7 @@ def _check(torch: Any, torch_model: Any, mlx_model: Any, optimizers: Any) -> Non
         isinstance(optimizers, (tuple, list))
         and len(optimizers) == 2
         and isinstance(optimizers[0], torch.optim.Optimizer)
+        and isinstance(optimizers[1], optim.Optimizer)
     ):
         raise ConfigurationError("optimizers: expected (a torch optimizer, an MLX optimizer).")
 
@@ -266,6 +270,8 @@ class _Pair:
         output = first_array(output)
         if output is None or our_call.output is None or not output.requires_grad:
             return [], ["gradients were not compared: the output has none"]
+        if not named_arrays(self._model.trainable_parameters()):
+            return [], ["gradients were not compared: every parameter of the MLX model is frozen"]
         expected = as_numpy(output)
         assert expected is not None
         apart = difference(expected, our_call.output)

@@ -7,7 +7,9 @@ dampening to the first gradient too. Formulas: the pages of ``torch.optim`` for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -16,6 +18,32 @@ from mlx_fit.checks import boolean, number
 from mlx_fit.errors import ConfigurationError
 
 Rate = float | Callable[[mx.array], mx.array]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_parameters(make: Callable[P, R]) -> Callable[P, R]:
+    """Refuse the parameters that PyTorch's optimizers take, before Python counts arguments."""
+
+    @functools.wraps(make)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        own = isinstance(args[0], optim.Optimizer) if args else False
+        given: Any = args[own] if len(args) > own else None
+        is_rate = callable(given) or isinstance(given, (str, mx.array)) or _is_scalar(given)
+        if "params" in kwargs or (isinstance(given, Iterable) and not is_rate):
+            name = type(args[0]).__name__ if own else make.__name__
+            raise ConfigurationError(
+                f"{name} got parameters first, as in PyTorch; MLX's optimizers get them with every "
+                f"update. Write Trainer(model, {name}(lr=...)); for groups with settings of their "
+                f"own, param_groups(model, {name}, groups, lr=...)."
+            )
+        return make(*args, **kwargs)
+
+    return checked
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "ndim", None) == 0
 
 
 class SGD(optim.Optimizer):
@@ -32,6 +60,7 @@ class SGD(optim.Optimizer):
         ConfigurationError: an argument is out of range.
     """
 
+    @_without_parameters
     def __init__(
         self,
         lr: Rate = 1e-3,
@@ -83,6 +112,7 @@ class Adam(optim.Optimizer):
         ConfigurationError: an argument is out of range.
     """
 
+    @_without_parameters
     def __init__(
         self,
         lr: Rate = 1e-3,
@@ -116,6 +146,7 @@ class Adam(optim.Optimizer):
         return parameter - rate * mean / (mx.sqrt(square) * scale + self.eps)
 
 
+@_without_parameters
 def AdamW(  # noqa: N802
     lr: Rate = 1e-3,
     betas: Sequence[float] = (0.9, 0.999),
@@ -157,6 +188,7 @@ class RMSprop(optim.Optimizer):
         ConfigurationError: an argument is out of range.
     """
 
+    @_without_parameters
     def __init__(
         self,
         lr: Rate = 1e-2,

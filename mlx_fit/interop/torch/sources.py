@@ -62,7 +62,8 @@ def _read_file(path: Path) -> Any:
     except Exception as error:
         raise DataError(
             "torch.load(weights_only=True) cannot read this file, and nothing else is tried: "
-            f"{str(error).splitlines()[0]} Save model.state_dict() alone, best as .safetensors.",
+            f"{(str(error) or type(error).__name__).splitlines()[0]} Save model.state_dict() "
+            "alone, best as .safetensors.",
             path=path,
         ) from error
 
@@ -90,7 +91,7 @@ def _arrays(source: Mapping[str, Any]) -> dict[str, mx.array]:
 
 
 def _identity(value: Any) -> Any:
-    if is_tensor(value) and value.numel():
+    if is_tensor(value) and not hasattr(value, "materialize") and value.numel():
         return value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)
     return id(value)
 

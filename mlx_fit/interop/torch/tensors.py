@@ -45,6 +45,10 @@ def to_array(value: Any, name: str = "The value") -> mx.array:
             raise DataError(f"{name} is a {type(value).__name__}; expected a tensor or an array.")
         return _from_numpy(np.asarray(value))
     torch = sys.modules["torch"]
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        raise DataError(
+            f"{name} has no shape yet: it is of a lazy layer. Call the torch model once first."
+        )
     tensor = value.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise DataError(

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_fit._tree import assign, named_arrays
 from mlx_fit.checks import boolean
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.interop.torch.mismatch import Mismatch
 from mlx_fit.interop.torch.parametrized import folded
 from mlx_fit.interop.torch.report import LoadedArray, LoadReport
@@ -61,7 +61,7 @@ def load_weights(
     Raises:
         CheckpointMismatchError: names or shapes do not fit; lists each with what is nearest.
         ConfigurationError: an argument cannot work, or a layer is quantized.
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or holds integers where the model has floats.
 
     Example:
         >>> import mlx.nn as nn, numpy as np
@@ -92,6 +92,7 @@ def load_weights(
     taken = [slot for slot in slots if slot.names[0] not in skipped | twins.keys()]
     arrays = _read(taken, state, dtype)
     arrays |= {name: arrays[twin] for name, twin in twins.items() if twin in arrays}
+    _check_kinds(model, arrays)
     mx.eval(list(arrays.values()))
     assign(model, arrays.items())
     dropped = [old for old in given if old not in set(names.values())]
@@ -163,6 +164,22 @@ def _read(
     return arrays
 
 
+def _check_kinds(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Raise where integers or complex numbers would take the place of floats."""
+    for name, old in named_arrays(model.parameters()):
+        new = arrays.get(name, old)
+        if mx.issubdtype(old.dtype, mx.floating) and not mx.issubdtype(new.dtype, mx.floating):
+            raise DataError(
+                f"{name!r} is {_dtype(old)} in the model and {_dtype(new)} in the weights; nothing "
+                "was loaded. Quantized weights must be dequantized first.",
+                field=name,
+            )
+
+
+def _dtype(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if mx.issubdtype(array.dtype, mx.floating):
         if dtype is None:
@@ -178,7 +195,7 @@ def _row(
     return LoadedArray(
         slot.names[index],
         tuple(array.shape),
-        str(array.dtype).removeprefix("mlx.core."),
+        _dtype(array),
         " + ".join(slot.sources),
         tuple(state[slot.sources[0]].shape),
         slot.note,

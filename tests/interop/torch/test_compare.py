@@ -453,9 +453,21 @@ def test_the_tolerance_decides(rng):
         ({"rtol": -1}, "rtol=-1"),
         ({"training": 1}, "training=1"),
         ({"optimizers": 3}, "optimizers"),
+        ({"optimizers": (torch.optim.SGD(tnn.Linear(1, 1).parameters()), None)}, "optimizers"),
+        ({"inputs": np.ones((0, 1), np.float32)}, "hold no rows"),
     ],
 )
 def test_arguments_are_checked(arguments, message):
-    given = {"torch_model": tnn.Linear(1, 1), "mlx_model": nn.Linear(1, 1)} | arguments
+    given = {"torch_model": tnn.Linear(1, 1), "mlx_model": nn.Linear(1, 1)}
+    given |= {"inputs": np.ones((1, 1), np.float32)} | arguments
     with pytest.raises(ConfigurationError, match=message):
-        compare(inputs=np.ones((1, 1), np.float32), **given)
+        compare(**given)
+
+
+def test_of_a_frozen_model_the_outputs_are_compared():
+    theirs, ours = loaded(tnn.Linear(3, 2), nn.Linear(3, 2))
+    ours.freeze()
+    found = compare(theirs, ours, np.ones((1, 3), np.float32))
+    assert [row.agrees for row in found.layers] == [True]
+    assert not found.agrees  # of gradients nothing is known
+    assert "every parameter of the MLX model is frozen" in " ".join(found.notes)

@@ -461,6 +461,26 @@ def test_a_pickle_is_never_run(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+def test_an_empty_file_of_torch_is_told(tmp_path):
+    (tmp_path / "w.pt").touch()
+    with pytest.raises(DataError, match=r"w\.pt.*cannot read this file"):
+        load_weights(nn.Linear(2, 2), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_other_numbers_do_not_take_the_place_of_floats(dtype):
+    theirs, ours = tnn.Linear(2, 2).state_dict(), nn.Linear(2, 2)
+    before = np.array(ours.weight)
+    with pytest.raises(DataError, match=r"float32 in the model and (int8|complex64) in the"):
+        load_weights(ours, theirs | {"weight": theirs["weight"].to(dtype)})
+    assert np.array_equal(ours.weight, before)
+
+
+def test_a_lazy_layer_without_shape_is_told():
+    with pytest.raises(DataError, match=r"'weight'.*Call the torch model once"):
+        load_weights(nn.Linear(2, 2), tnn.LazyLinear(2))
+
+
 def test_a_file_cut_short_is_no_safetensors_file(tmp_path):
     path = export_weights(two_layers(), tmp_path / "w.safetensors")
     path.write_bytes(path.read_bytes()[:-20])
