@@ -123,6 +123,17 @@ def mlx_data_images(x: np.ndarray, y: np.ndarray, num_threads: int) -> Iterable 
     return from_mlx_data(stream.prefetch(8, num_threads) if num_threads else stream)
 
 
+def mlx_data_tokens(rows: list[list[int]], num_threads: int) -> Iterable | None:
+    """The tokens alone by mlx-data, padded; None where it is not installed."""
+    try:
+        import mlx.data as mlx_data
+    except ImportError:
+        return None
+    samples = [{"tokens": np.array(row, np.int32)} for row in rows]
+    stream = mlx_data.buffer_from_vector(samples).shuffle().to_stream().batch(BATCH_SIZE)
+    return from_mlx_data(stream.prefetch(8, num_threads) if num_threads else stream)
+
+
 def anonymous_mb() -> float:
     """Memory of this process that is not mapped from files (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -199,6 +210,11 @@ def main() -> None:
         if stream is not None:
             name = f"60,000 images in memory, by MapBatches; mlx-data with {num_threads} threads"
             compare(name, images, lambda stream=stream: stream)
+        stream = mlx_data_tokens(rows, num_threads)
+        if stream is not None:
+            kind = "100,000 token lists, BucketBatches, mlx-data makes the tokens alone"
+            name = f"{kind}; {num_threads} threads"
+            compare(name, lambda: bucketed, lambda stream=stream: stream)
     mapped_epoch()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_fit.data.fetch import Indices, add_position
 from mlx_fit.data.order import FeistelOrder
-from mlx_fit.errors import ResumeError
+from mlx_fit.errors import DataError, ResumeError
 
 __all__ = ["from_batch_sampler", "from_order", "from_sampler", "from_stream", "warn_of_discarding"]
 
@@ -34,10 +34,21 @@ def from_sampler(
     """The sampler's indices in batches, from sample ``start`` on."""
     _announce(sampler, epoch)
     indices = map(operator.index, islice(sampler, start, None))
+    is_first = start == 0
     while batch := list(islice(indices, size)):
         if drop_last and len(batch) < size:
+            if is_first:
+                raise _nothing_left(len(batch), size)
             return
         yield batch
+        is_first = False
+
+
+def _nothing_left(num_samples: int, size: int) -> DataError:
+    return DataError(
+        f"{num_samples} samples, batch_size {size}, drop_last: 0 batches. Use a smaller batch_size "
+        "or drop_last=False."
+    )
 
 
 def from_batch_sampler(
@@ -92,6 +103,8 @@ def from_stream(
             for row in islice(iterator, size):
                 batch.append(row)
                 count += 1
+            if batch and drop_last and count < size:
+                raise _nothing_left(count, size)
             if not batch or (drop_last and len(batch) < size):
                 return
             yield batch

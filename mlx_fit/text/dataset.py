@@ -42,7 +42,8 @@ class TextDataset:
     Formats, recognised by their fields:
 
     - ``"chat"``: ``{"messages": [{"role": "user", "content": ...}, ...]}``, OpenAI's, with
-      ``tools`` and ``tool_calls``; an assistant turn with ``"weight": 0`` is no target.
+      ``tools`` and ``tool_calls``; an assistant turn with ``"weight": 0`` is no target, unless all
+      tokens are (``train_on="all"``).
     - ``"sharegpt"``: ``{"conversations": [{"from": "human", "value": ...}, ...]}``, with ``system``
       and ``tools``.
     - ``"alpaca"``: ``{"instruction": ..., "input": ..., "output": ...}``, in Stanford's prompt.

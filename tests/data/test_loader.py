@@ -482,3 +482,16 @@ def test_a_sample_that_raises_stop_iteration_is_named(timeout):
     with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
         list(DataLoader(Ends(), 4, timeout=timeout))
     assert "sample 37 (epoch 0, batch 9" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda n: DataLoader(Stream(n), 4, drop_last=True),
+        lambda n: DataLoader(range(9), 4, sampler=(i for i in range(n)), drop_last=True),
+    ],
+)
+def test_drop_last_that_leaves_nothing_of_unknown_length_raises(loader):
+    with pytest.raises(DataError, match="3 samples, batch_size 4, drop_last: 0 batches"):
+        list(loader(3))
+    assert len(list(loader(6))) == 1
