@@ -39,7 +39,7 @@ STATE_KEYS = (
 
 def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     """Training and validation data of ``fit``, the latter split off where asked for."""
-    if isinstance(train, nn.Module):
+    if isinstance(train, nn.Module) or callable(getattr(train, "named_parameters", None)):
         raise ConfigurationError(
             f"fit(model, loader) got the model {type(train).__name__}, as Lightning's fit does; "
             "here the trainer has its model. Write Trainer(model, optimizer, ...).fit(loader, val)."

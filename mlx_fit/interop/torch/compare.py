@@ -433,7 +433,7 @@ def _as_tensor(torch: Any, leaf: Any) -> Any:
     if isinstance(leaf, mx.array):
         leaf = np.array(leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf)
     if isinstance(leaf, np.ndarray):
-        leaf = torch.from_numpy(np.ascontiguousarray(leaf))
+        leaf = torch.from_numpy(np.array(leaf))  # a copy: the model may work in place
         return leaf.float() if leaf.dtype == torch.float64 else leaf
     return leaf.detach().clone() if is_tensor(leaf) else leaf
 

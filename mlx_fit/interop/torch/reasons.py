@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 
 from mlx_fit.interop.torch.differences import Difference, Tolerance, factor, same_numbers
@@ -189,14 +190,32 @@ _SPECIAL: list[tuple[Any, _Reasons]] = [
 
 def optimizer_reasons(theirs: Any, ours: Any) -> list[str]:
     """Where the settings of a torch optimizer and an MLX one differ in what they compute."""
-    groups = theirs.param_groups
+    groups = list(theirs.param_groups)
+    parts = list(ours.optimizers) if isinstance(ours, optim.MultiOptimizer) else [ours]
+    reasons: list[str] = []
+    if len(groups) != len(parts):
+        reasons.append(
+            f"groups: PyTorch has {len(groups)}, MLX {len(parts)}; see interop.torch.param_groups"
+        )
+    # Groups stand in any order: those that have a twin first, then what is left in order.
+    left = []
+    for group in groups[: len(parts)]:
+        twin = next((n for n, p in enumerate(parts) if not _group_reasons(group, theirs, p)), None)
+        if twin is None:
+            left.append(group)
+        else:
+            del parts[twin]
+    for group, part in zip(left, parts, strict=False):
+        reasons += [r for r in _group_reasons(group, theirs, part) if r not in reasons]
+    return reasons
+
+
+def _group_reasons(group: dict[str, Any], theirs: Any, ours: Any) -> list[str]:
     reasons = [
         f"{word}: PyTorch {his!r}, MLX {mine!r}"
-        for word, his, mine in _optimizer_settings(groups[0], theirs, ours)
+        for word, his, mine in _optimizer_settings(group, theirs, ours)
         if his != mine and not (_is_number(his) and _is_number(mine) and np.isclose(his, mine))
     ]
-    if len(groups) > 1:
-        reasons.append(f"groups: PyTorch has {len(groups)}; see interop.torch.param_groups")
     if type(theirs).__name__.lower() != type(ours).__name__.lower():
         kinds = f"PyTorch {type(theirs).__name__}, MLX {type(ours).__name__}"
         reasons.insert(0, f"kind: {kinds}")
@@ -208,7 +227,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _optimizer_settings(group: dict[str, Any], theirs: Any, ours: Any) -> Iterable[Any]:
-    yield "learning rate", float(group["lr"]), float(ours.learning_rate.item())
+    yield "learning rate", float(group["lr"]), float(f"{ours.learning_rate.item():.7g}")
     if type(theirs).__name__ in ("Adam", "AdamW"):
         yield "bias correction", True, getattr(ours, "bias_correction", False)
     if "betas" in group:
@@ -217,3 +236,7 @@ def _optimizer_settings(group: dict[str, Any], theirs: Any, ours: Any) -> Iterab
         if key in group:
             absent = False if key == "nesterov" else 0
             yield key.replace("_", " "), group[key], getattr(ours, key, absent)
+    for key in ("amsgrad", "centered", "maximize"):
+        yield key, bool(group.get(key, False)), getattr(ours, key, False)
+    if type(theirs).__name__ == "Adam":
+        yield "decoupled weight decay", bool(group.get("decoupled_weight_decay", False)), False

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_fit.errors import ConfigurationError
-from mlx_fit.interop.torch import compare, load_weights
+from mlx_fit.interop.torch import compare, load_weights, optimizers, param_groups
 
 torch = pytest.importorskip("torch")
 tnn = torch.nn
@@ -377,6 +377,53 @@ def test_settings_of_optimizers_are_compared(rng):
     assert not found.agrees
     pair = (pair[0], optim.AdamW(1e-3, weight_decay=0.01, bias_correction=True))
     assert compare(theirs, ours, x, optimizers=pair).agrees
+
+
+def test_groups_of_optimizers_are_compared_one_by_one():
+    theirs, ours = loaded(tnn.Linear(3, 2), nn.Linear(3, 2))
+    x = np.ones((1, 3), np.float32)
+    groups = [{"params": [theirs.weight]}, {"params": [theirs.bias], "lr": 0.01}]
+    given = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    def notes(rate):
+        table = [{"params": "bias", "lr": rate}]
+        made = param_groups(ours, optimizers.SGD, table, lr=0.1, momentum=0.9)
+        return compare(theirs, ours, x, optimizers=(given, made)).notes
+
+    assert notes(0.01) == []
+    assert len(notes(0.03)) == 1
+    assert "learning rate: PyTorch 0.01, MLX 0.03" in notes(0.03)[0]
+    plain = compare(theirs, ours, x, optimizers=(given, optimizers.SGD(0.1, 0.9))).notes
+    assert ["groups: PyTorch has 2, MLX 1" in note for note in plain] == [True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("Adam", "amsgrad"),
+        ("RMSprop", "centered"),
+        ("SGD", "maximize"),
+        ("Adam", "decoupled_weight_decay"),
+    ],
+)
+def test_options_of_optimizers_that_change_the_update_are_compared(kind, option):
+    theirs, ours = loaded(tnn.Linear(3, 2), nn.Linear(3, 2))
+    given = getattr(torch.optim, kind)(theirs.parameters(), lr=0.1, **{option: True})
+    pair = (given, getattr(optimizers, kind)(0.1))
+    notes = compare(theirs, ours, np.ones((1, 3), np.float32), optimizers=pair).notes
+    assert notes == [f"optimizer: {option.replace('_', ' ')}: PyTorch True, MLX False"]
+
+
+def test_inputs_are_left_as_they_were():
+    class InPlace(tnn.Linear):
+        def forward(self, x):
+            x += 1
+            return super().forward(x)
+
+    theirs, ours = loaded(InPlace(3, 2), nn.Linear(3, 2))
+    x = np.ones((1, 3), np.float32)
+    compare(theirs, ours, x)
+    assert np.array_equal(x, np.ones((1, 3)))
 
 
 def test_values_that_are_not_finite_are_noted():

@@ -88,6 +88,8 @@ def test_the_calls_of_other_libraries_are_told_the_right_one():
     x, y = tensors()
     with pytest.raises(ConfigurationError, match=r"Trainer\(model, optimizer, ...\).fit\(loader"):
         trainer.fit(model, [(x, y)])
+    with pytest.raises(ConfigurationError, match=r"got the model Linear.*\.fit\(loader"):
+        trainer.fit(torch.nn.Linear(4, 3), [(x, y)])
     with pytest.raises(ConfigurationError, match=r"fit\(\(x, y\)\)"):
         trainer.fit(x, y)
     theirs = torch.nn.Linear(4, 3)
