@@ -257,13 +257,11 @@ class DataLoader:
         self._place.is_loaded = True
 
     def _check_consumed(self, consumed: int) -> None:
-        """That a pass in the loader's own order can stand after ``consumed`` samples."""
-        if self._num_rows is None or self.sampler is not None or self.batch_size is None:
-            return
-        if consumed != self._num_rows and (consumed > self._num_rows or consumed % self.batch_size):
+        """That there are so many samples. A fit may go on with batches of another size anywhere."""
+        if self._num_rows is not None and self.sampler is None and consumed > self._num_rows:
             raise ResumeError(
-                f"samples_consumed={consumed} in a DataLoader state is no position: no batch of "
-                f"{self.batch_size} of {self._num_rows} samples ends there."
+                f"samples_consumed={consumed} in a DataLoader state is no position: the dataset has "
+                f"{self._num_rows} samples."
             )
 
     def _num_samples(self) -> int | None:
