@@ -258,9 +258,11 @@ class DataLoader:
 
     def _check_consumed(self, consumed: int) -> None:
         """That there are so many samples. A fit may go on with batches of another size anywhere."""
-        if self._num_rows is not None and self.sampler is None and consumed > self._num_rows:
+        if self.sampler is not None or self.batch_size is None or self._num_rows is None:
+            return  # samplers may repeat rows
+        if consumed > self._num_rows:
             raise ResumeError(
-                f"samples_consumed={consumed} in a DataLoader state is no position: the dataset has "
+                f"samples_consumed={consumed} in a DataLoader state is no position: the data has "
                 f"{self._num_rows} samples."
             )
 

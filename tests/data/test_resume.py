@@ -86,5 +86,5 @@ def test_a_state_whose_position_is_no_number_is_refused(field, value):
 
 def test_a_state_behind_the_last_sample_is_refused():
     loader = DataLoader(range(10), 4)
-    with pytest.raises(ResumeError, match="samples_consumed=12 .* the dataset has 10 samples"):
+    with pytest.raises(ResumeError, match=r"samples_consumed=12 .* the data has 10 samples"):
         loader.load_state_dict({**loader.state_dict(), "samples_consumed": 12})
