@@ -211,13 +211,20 @@ def test_a_used_address_is_an_error_that_names_the_variable():
 def test_the_same_object_meets_again_after_it_was_closed():
     address = f"127.0.0.1:{free_ports(1)[0]}"
     planes = [ControlPlane(rank, 2, init_timeout=5, address=address) for rank in (0, 1)]
+    met = []
+
+    def meet(plane, number):
+        plane.join({"n": number})
+        met.append(number)
+
     for number in range(3):
-        threads = [threading.Thread(target=p.join, args=({"n": number},)) for p in planes]
+        threads = [threading.Thread(target=meet, args=(plane, number)) for plane in planes]
         [thread.start() for thread in threads]
         [thread.join(20) for thread in threads]
         for plane in planes:
             with plane.watching(0, "nothing"):
                 pass
+    assert met == [0, 0, 1, 1, 2, 2]
     for plane in planes:
         plane.close()
         plane.close()
