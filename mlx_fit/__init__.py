@@ -18,6 +18,29 @@ _blas.preload()
 
 from mlx_fit._lazy import lazy
 from mlx_fit._version import __version__
+from mlx_fit.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    CollectiveTimeoutError,
+    ConfigurationError,
+    DataError,
+    DeviceError,
+    DistributedError,
+    MlxFitError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    ParameterDesyncError,
+    PeerError,
+    PeerLostError,
+    PlanMismatchError,
+    Preempted,
+    RendezvousError,
+    ResumeError,
+    UnknownMonitorError,
+    WorkerError,
+)
 
 if TYPE_CHECKING:
     from mlx_fit import (
@@ -64,29 +87,6 @@ if TYPE_CHECKING:
     from mlx_fit.data import DataLoader
     from mlx_fit.distributed import DistributedTrainer, SyncPolicy
     from mlx_fit.dpo import DPO
-    from mlx_fit.errors import (
-        CheckpointCorruptError,
-        CheckpointError,
-        CheckpointMismatchError,
-        CheckpointWriteError,
-        CollectiveTimeoutError,
-        ConfigurationError,
-        DataError,
-        DeviceError,
-        DistributedError,
-        MlxFitError,
-        NonFiniteLossError,
-        OutOfMemoryError,
-        ParameterDesyncError,
-        PeerError,
-        PeerLostError,
-        PlanMismatchError,
-        Preempted,
-        RendezvousError,
-        ResumeError,
-        UnknownMonitorError,
-        WorkerError,
-    )
     from mlx_fit.history import History
     from mlx_fit.losses import Loss
     from mlx_fit.metrics import Metric
@@ -176,58 +176,11 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "callbacks": (
-            "EMA",
-            "SWA",
-            "Callback",
-            "CSVLogger",
-            "DeviceMonitor",
-            "EarlyStopping",
-            "FreezeUntil",
-            "GradientMonitor",
-            "JSONLogger",
-            "LambdaCallback",
-            "LearningRateFinder",
-            "LearningRateScheduler",
-            "LoggerCallback",
-            "ModelCheckpoint",
-            "Predictions",
-            "Profiler",
-            "ReduceLROnPlateau",
-            "RemoteLogger",
-            "TensorBoard",
-            "TerminateOnNaN",
-            "Timer",
-            "find_learning_rate",
-        ),
         "causal_lm": ("CausalLM",),
         "checkpoint": ("CheckpointPolicy",),
         "data": ("DataLoader",),
         "distributed": ("DistributedTrainer", "SyncPolicy"),
         "dpo": ("DPO",),
-        "errors": (
-            "CheckpointCorruptError",
-            "CheckpointError",
-            "CheckpointMismatchError",
-            "CheckpointWriteError",
-            "CollectiveTimeoutError",
-            "ConfigurationError",
-            "DataError",
-            "DeviceError",
-            "DistributedError",
-            "MlxFitError",
-            "NonFiniteLossError",
-            "OutOfMemoryError",
-            "ParameterDesyncError",
-            "PeerError",
-            "PeerLostError",
-            "PlanMismatchError",
-            "Preempted",
-            "RendezvousError",
-            "ResumeError",
-            "UnknownMonitorError",
-            "WorkerError",
-        ),
         "history": ("History",),
         "losses": ("Loss",),
         "metrics": ("Metric",),
@@ -256,4 +209,5 @@ __getattr__, __dir__ = lazy(
         "schedules",
         "text",
     ),
+    packages=("callbacks",),
 )
