@@ -18,7 +18,7 @@ from mlx_fit.cli import (
     launch,
     report,
 )
-from mlx_fit.cli.settings import nearest
+from mlx_fit.cli.settings import UsageError, nearest
 from mlx_fit.errors import DistributedError, MlxFitError, Preempted
 
 VERBS = {
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"mlx-fit {arguments.verb}: {error}", file=sys.stderr)
+        if isinstance(error, UsageError):
+            return 2
         return error.exit_code if isinstance(error, DistributedError) else 1
 
 

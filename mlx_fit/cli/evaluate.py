@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from mlx_fit.causal_lm import CausalLM
 from mlx_fit.cli.finetune_settings import MODEL_SETTINGS, TEXT_SETTINGS
 from mlx_fit.cli.language_models import load_adapted
-from mlx_fit.cli.settings import Setting, add_flags, resolve
+from mlx_fit.cli.settings import Setting, add_flags, checking_usage, resolve
 from mlx_fit.cli.text_data import check_data, require_part
 from mlx_fit.cli.training import choose_chunk, held_out_batches
 from mlx_fit.errors import ConfigurationError
@@ -33,16 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
-    try:
+    with checking_usage():
         settings, _ = resolve(arguments, SETTINGS, {}, "")
         for required in ("model", "data"):
             if getattr(settings, required) is None:
                 raise ConfigurationError(f"--{required} is missing.")
-    except ConfigurationError as error:
-        if arguments.debug:
-            raise
-        print(f"mlx-fit evaluate: {error}", file=sys.stderr)
-        return 2
     check_data(settings.data)
     loaded = load_adapted(settings)
     rows = require_part(settings, loaded.tokenizer, settings.split)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from mlx_fit.cli.fine_tuning import FineTuning, check_new
 from mlx_fit.cli.finetune_settings import SETTINGS, read_settings
-from mlx_fit.cli.settings import add_flags
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.cli.settings import add_flags, checking_usage
 
 INTERRUPTED = 130
 
@@ -29,13 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code."""
-    try:
+    with checking_usage():
         settings = read_settings(arguments)
-    except ConfigurationError as error:
-        if arguments.debug:
-            raise
-        print(f"mlx-fit finetune: {error}", file=sys.stderr)
-        return 2
     if not arguments.dry_run:
         check_new(settings)
     with FineTuning(settings) as task:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import mlx.nn as nn
 from mlx_fit import finetune
 from mlx_fit.cli.finetune_settings import MODEL_SETTINGS
 from mlx_fit.cli.language_models import Loaded, import_mlx_lm, load_adapted
-from mlx_fit.cli.settings import Setting, add_flags, resolve
+from mlx_fit.cli.settings import Setting, add_flags, checking_usage, resolve
 from mlx_fit.errors import CheckpointWriteError, ConfigurationError
 from mlx_fit.finetune.adapter_layers import adapters_of
 
@@ -38,13 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fuse and write."""
-    try:
+    with checking_usage():
         settings = _read(arguments)
-    except ConfigurationError as error:
-        if arguments.debug:
-            raise
-        print(f"mlx-fit fuse: {error}", file=sys.stderr)
-        return 2
     loaded = load_adapted(settings)
     model, config = loaded.model, dict(loaded.config)
     if adapters_of(model):

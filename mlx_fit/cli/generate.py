@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_fit.cli.finetune_settings import MODEL_SETTINGS
 from mlx_fit.cli.language_models import import_mlx_lm, load_adapted
-from mlx_fit.cli.settings import Setting, add_flags, resolve
+from mlx_fit.cli.settings import Setting, add_flags, checking_usage, resolve
 from mlx_fit.errors import ConfigurationError
 
 SETTINGS = (
@@ -33,16 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate; the text is printed as it comes."""
-    try:
+    with checking_usage():
         settings, _ = resolve(arguments, SETTINGS, {}, "")
         for required in ("model", "prompt"):
             if getattr(settings, required) is None:
                 raise ConfigurationError(f"--{required} is missing.")
-    except ConfigurationError as error:
-        if arguments.debug:
-            raise
-        print(f"mlx-fit generate: {error}", file=sys.stderr)
-        return 2
     loaded = load_adapted(settings)
     mlx_lm = import_mlx_lm()
     from mlx_lm.sample_utils import make_sampler

@@ -5,12 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_fit.errors import ConfigurationError
+
+
+class UsageError(ConfigurationError):
+    """What was typed, or stands in a file of settings, cannot be done: exit code 2."""
+
+
+@contextmanager
+def checking_usage() -> Iterator[None]:
+    """Inside, settings are read: what is wrong with them is wrong usage."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)
