@@ -162,7 +162,7 @@ class Fit:
             if run.communicator.size > 1:
                 at.logs = self._known_logs()
             at.phase = EPOCH_END
-            at.keep()
+        at.keep()  # whether trained now or taken up: what follows may be cut off, and come again
         logs = {k: v for k, v in at.logs.items() if k not in LAST_KEYS}
         if self._ending.signal:
             return {}

@@ -195,7 +195,7 @@ class Soak:
         """A few deaths at random moments."""
         self.reference()
         low, high = (0.3 * self.seconds, self.seconds) if self.fresh else (0.0, 0.12)
-        kind = "SIGTERM" if self.random.random() < 0.25 else "SIGKILL"
+        kind = "SIGTERM" if self.random.random() < 0.5 else "SIGKILL"
         return [(kind, self.random.uniform(low, high)) for _ in range(self.random.randint(1, 6))]
 
 

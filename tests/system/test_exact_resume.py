@@ -155,6 +155,17 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(
     assert not differences(resumed.outcome(), whole(**options))
 
 
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("name", ["plain", "validation inside epochs"])
+def test_signals_in_the_same_validation_again_and_again(tmp_path, whole, name, times):
+    options = OPTIONS[name]
+    for _ in range(times):
+        Run(tmp_path, **options).go(SignalAt(signal.SIGINT, "on_test_batch_end", 1), resume="auto")
+    resumed = Run(tmp_path, **options)
+    resumed.go(resume=True)
+    assert not differences(resumed.outcome(), whole(**options))
+
+
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_signal_in_a_validation_inside_an_epoch(tmp_path, whole, after):
     options = OPTIONS["validation inside epochs"]
