@@ -246,6 +246,7 @@ class Fit:
     def _event(self) -> None:
         """Record, validate or end, whatever falls on this step."""
         schedule, done = self._schedule, self._step.num_windows
+        self._step.wait()
         self._check_loss()
         if done % schedule.log_every == 0:
             self._at.recorder.record(self._run.epoch)

@@ -192,7 +192,7 @@ class FitState:
         if isinstance(memory, OutOfMemoryError) and memory.kind in ("allocation", "buffers"):
             if not self._step.is_whole:
                 self._step.recover()
-        elif isinstance(typed, (OutOfMemoryError, DeviceError)) and not self._step.waits_at_once:
+        elif isinstance(typed, (OutOfMemoryError, DeviceError)) and self._step.is_under_way:
             self._step.is_whole = False  # any step under way may be the one that failed
         note = self._save_what_is_whole(error)
         if typed is None:

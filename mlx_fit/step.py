@@ -22,7 +22,7 @@ from mlx_fit import gradients as grad
 from mlx_fit._tree import named_arrays, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
-from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
+from mlx_fit.compiled import Traced, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
 from mlx_fit.habits import explain
 from mlx_fit.logs import FOLD
@@ -131,6 +131,7 @@ class TrainStep(StepState):
 
     def __call__(self, batch: Any) -> None:
         """Take one batch: its gradients and, if it is the last of its window, the update."""
+        self.wait()
         weight = 0.0 if batch is None else self.objective.host_weight(batch)
         if self.exchange is not None and not self._num_in_window:
             self.exchange.begin(self.model, self.num_windows)
@@ -226,18 +227,21 @@ class TrainStep(StepState):
             self.num_skipped += 1
 
     def settle(self) -> None:
-        """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
+        """Start to evaluate what this step changed.
+
+        On the CPU the next step waits for it, elsewhere the one after the next.
+        """
         sums = self.sums
         if self._rates.is_needed:
             self._rates.note()
         self.learning_rate = self._rate_state.get("learning_rate")
         live = self._state, self._window, sums.pending[-2:], sums.open, sums.rows.newest
         if not self._is_async:
-            try:
-                mx.eval(*live)  # host synchronisation, the one of a step
-            except RuntimeError as error:
-                evaluate_again(error, *live)
-            self._settled = sums.num_folded + len(sums.pending), self.num_windows
+            self._awaited = [*live]
+            if self._overlaps:
+                mx.async_eval(*live)
+            else:
+                self.wait()
         else:
             mx.async_eval(*live)
             self._in_flight.append((sums.num_added, self.num_windows))

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_fit._tree import named_arrays, snapshot
 from mlx_fit.communicator import Exchange
+from mlx_fit.compiled import evaluate_again
 from mlx_fit.logs import Settled, Sums
 from mlx_fit.options import StepOptions
 from mlx_fit.trainable import load_window
@@ -64,8 +65,12 @@ class StepState(ABC):
         # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
         self._in_flight: deque[tuple[int, int]] = deque()
         self._settled: tuple[int, int] | None = None
+        self._awaited: list[Any] = []  # what the newest step changed, where the next waits for it
         is_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._is_async = not is_cpu and exchange is None
+        # On the CPU the next batch is fetched meanwhile, but no second step begins: it would be no
+        # faster, and hold another copy of the state. What may have to be redone is waited for.
+        self._overlaps = is_cpu and exchange is None and options.on_oom != "split"
 
     @abstractmethod
     def close_window(self) -> None:
@@ -73,15 +78,33 @@ class StepState(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Evaluate what this step changed: at once on the CPU, two steps behind elsewhere."""
+        """Start to evaluate what this step changed, and wait for what should be done by now."""
+
+    def wait(self) -> None:
+        """On the CPU: wait for the newest step, of which the device may still compute the rest."""
+        if self._awaited:
+            self.is_whole = False
+            try:
+                mx.eval(*self._awaited)  # host synchronisation, the one of a step
+            except RuntimeError as error:
+                evaluate_again(error, *self._awaited)
+            self._awaited = []
+            self._settled = self.sums.num_added, self.num_windows
+            self.is_whole = True
 
     @property
     def waits_at_once(self) -> bool:
-        """Whether :meth:`settle` waits for its own batch, as on the CPU."""
+        """Whether no step begins before the one before it is finished, as on the CPU."""
         return not self._is_async
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the device may still compute a step, and fail."""
+        return bool(self._awaited or self._in_flight)
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""
+        self.wait()
         self._in_flight.clear()
         self._settled = self.sums.num_added, self.num_windows
         self.sums.fold()  # host synchronisation, once an epoch

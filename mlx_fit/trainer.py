@@ -285,6 +285,7 @@ class Trainer(Stateful):
             taking = step if splitters is None else SplittingStep(step, splitters[0])
             taking(batch)
             taking.settle()
+            step.drain()
             if step.settled and step.settled.bad_window:
                 raise step.bad_loss(self.step, self.epoch)
             return {key: plain(value) for key, value in Logs(step.sums).items()}

@@ -58,19 +58,19 @@ def fail_at_dispatch(text, monkeypatch):
 
 
 def failing_eval(monkeypatch, text, number, times=1):
-    """``mx.eval`` raises in that step's settle, as a failed allocation in it would."""
-    evaluate, settle, calls = mx.eval, mlx_fit.step.TrainStep.settle, []
+    """``mx.eval`` raises where that step is waited for, as a failed allocation in it would."""
+    evaluate, wait, calls = mx.eval, mlx_fit.step.TrainStep.wait, []
 
-    def settling(self):
-        calls.append(1)
+    def waiting(self):
+        calls.extend([1] if self._awaited else [])
         if number <= len(calls) < number + times:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(mx, "eval", raising(RuntimeError(text)))
-                settle(self)
+                wait(self)
         else:
-            settle(self)
+            wait(self)
 
-    monkeypatch.setattr(mlx_fit.step.TrainStep, "settle", settling)
+    monkeypatch.setattr(mlx_fit.step.TrainStep, "wait", waiting)
     return evaluate
 
 

@@ -124,6 +124,8 @@ def test_32_shapes_are_not_warned_of():
 
 # --- waits ----------------------------------------------------------------------------------------
 
+ONE_WAIT = [{"async_eval": 1, "eval": 1}] * 7  # a step is started, and the one before waited for
+
 
 class Waits:
     """Counts what makes Python wait for the device."""
@@ -184,18 +186,18 @@ def in_async_mode(patch):
 )
 def test_a_steady_batch_waits_once(options, monkeypatch):
     trainer = make(metrics=["mae", "r2"], **options)
-    assert steady_waits(monkeypatch, trainer) == [{"eval": 1}] * 7
+    assert steady_waits(monkeypatch, trainer) == ONE_WAIT
 
 
 def test_a_steady_batch_waits_once_with_tensorboard(monkeypatch, tmp_path):
     waits = steady_waits(monkeypatch, make(metrics=["mae"]), [TensorBoard(tmp_path)])
-    assert waits == [{"eval": 1}] * 7
+    assert waits == ONE_WAIT
 
 
 def test_a_steady_batch_of_a_scheduled_optimizer_waits_once(monkeypatch):
     trainer = make()
     trainer.optimizer = optim.SGD(optim.cosine_decay(0.1, 100))
-    assert steady_waits(monkeypatch, trainer) == [{"eval": 1}] * 7
+    assert steady_waits(monkeypatch, trainer) == ONE_WAIT
 
 
 def test_the_counter_sees_a_callback_that_looks(monkeypatch):
@@ -206,9 +208,31 @@ def test_the_counter_sees_a_callback_that_looks(monkeypatch):
     assert all(sum(w.values()) > 1 for w in steady_waits(monkeypatch, make(), [Look()]))
 
 
+def test_on_the_cpu_a_batch_is_fetched_during_the_step_before_and_no_two_steps_overlap(monkeypatch):
+    fetching, beginning = [], []
+    trainer = make()
+
+    def data():
+        for batch in batches([8] * 6):
+            if trainer._train_step is not None:
+                fetching.append(trainer._train_step.is_under_way)
+            yield batch
+
+    to_mlx = mlx_fit.step.to_mlx
+
+    def watched(batch):
+        beginning.append(trainer._train_step.is_under_way)
+        return to_mlx(batch)
+
+    monkeypatch.setattr(mlx_fit.step, "to_mlx", watched)
+    trainer.fit(data(), verbose=0)
+    assert fetching[1:] == [True] * 5
+    assert beginning == [False] * 6
+
+
 def test_asynchronously_each_batch_is_started_and_one_long_before_is_waited_for(monkeypatch):
     waits = steady_waits(monkeypatch, make(), asynchronous=True)
-    assert waits == [{"async_eval": 1, "eval": 1}] * 7
+    assert waits == ONE_WAIT
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 3}], ids=str)
