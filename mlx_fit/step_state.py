@@ -1,6 +1,6 @@
 """Where a training step is in its epoch: what it counts, what is under way, and how to go back.
 
-Imports layer 2: communicator, options.
+Imports layer 2: communicator, compiled, options.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class StepState(ABC):
             except RuntimeError as error:
                 evaluate_again(error, *self._awaited)
             self._awaited = []
-            self._settled = self.sums.num_added, self.num_windows
+            self._settled = self.sums.num_folded + len(self.sums.pending), self.num_windows
             self.is_whole = True
 
     @property

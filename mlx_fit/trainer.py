@@ -281,8 +281,7 @@ class Trainer(Stateful):
             if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
-            splitters = self._splitters
-            taking = step if splitters is None else SplittingStep(step, splitters[0])
+            taking = SplittingStep(step, self._splitters[0]) if self._splitters else step
             taking(batch)
             taking.settle()
             step.drain()
