@@ -101,7 +101,7 @@ class Callback:
         """
 
     def on_save_begin(self, logs: Any) -> None:
-        """Called before ``fit`` writes a checkpoint to its ``checkpoint_dir``."""
+        """Called while ``fit`` runs before it, or a callback, writes weights or a checkpoint."""
 
     def on_save_end(self, logs: Any) -> None:
         """Called when training goes on; in the background the files may still be written."""

@@ -69,7 +69,7 @@ class Profiler(HookWatcher):
         self._prints = boolean("Profiler: prints", prints)
         self._max_events = natural("Profiler: max_events", max_events)
         self._events: list[tuple[str, str, float, float]] = []
-        self._is_running = False
+        self._is_running = self._is_inside = False
         self._phase = "other"
         self._before = "other"  # what an evaluation or a save interrupted
         self._start = self._mark = 0.0
@@ -84,7 +84,7 @@ class Profiler(HookWatcher):
         name = f"{type(owner).__name__}.{hook}"
 
         def timed(*arguments: Any) -> None:
-            if not self._is_running:
+            if not self._is_running or self._is_inside:  # a callback that saves tells all others
                 return method(*arguments)
             start = time.perf_counter()
             # Only a wait that a batch ends was for data; the last of an epoch was not.
@@ -93,9 +93,11 @@ class Profiler(HookWatcher):
             self._add(ended, ended, self._mark, start)
             if hook in ("on_test_begin", "on_save_begin") and self._phase != NEXT[hook]:
                 self._before = self._phase
+            self._is_inside = True
             try:
                 method(*arguments)
             finally:
+                self._is_inside = False
                 self._mark = time.perf_counter()
                 if owner is not self:
                     self._add(phase, name, start, self._mark)
