@@ -7,6 +7,7 @@ import time
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from toys import Do, Recorder, batch_of, ramp, rows_of_ones, scripted, trainer_of, weight_of
 
@@ -274,6 +275,13 @@ def test_its_state_goes_through_json(tmp_path):
         ({"mode": "best"}, r"mode='best'"),
         ({"monitor": 3}, r"monitor=3"),
         ({"keep": 0}, r"keep=0"),
+        ({"keep": True}, r"keep=True"),
+        ({"save_freq": True}, r"save_freq=True"),
+        ({"save_best_only": "val_loss"}, "save_best_only='val_loss'; expected True or False"),
+        ({"initial_value_threshold": "x"}, "initial_value_threshold='x'"),
+        ({"initial_value_threshold": math.nan}, "initial_value_threshold=nan"),
+        ({"filepath": 3}, "filepath=3; expected a path"),
+        ({"filepath": ""}, "filepath is empty"),
         ({"save_weights_only": False}, "holds weights only"),
         ({"save_freq": 5, "save_best_only": True}, "Use save_freq='epoch'"),
     ],
@@ -281,6 +289,11 @@ def test_its_state_goes_through_json(tmp_path):
 def test_a_wrong_argument_is_named_at_construction(options, says):
     with pytest.raises(ConfigurationError, match=says):
         ModelCheckpoint(**({"filepath": "w.safetensors"} | options))
+
+
+def test_numpys_integers_are_integers(tmp_path):
+    fit(ModelCheckpoint(tmp_path / "{step}.safetensors", save_freq=np.int64(2)), num_batches=4)
+    assert names(tmp_path) == ["2.safetensors", "4.safetensors"]
 
 
 @pytest.mark.parametrize("path", ["{epoch:zz}", "{val_loss:d}", "{epoch.real.x}", "{batch[0]}"])
