@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mlx_fit.callbacks.as_json import dumps
 from mlx_fit.callbacks.base import Callback, HookWatcher
 from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
-from mlx_fit.checks import boolean, natural, path_of
+from mlx_fit.checks import boolean, file_of, natural
 from mlx_fit.errors import ConfigurationError
 
 PHASES = ("data wait", "step", "evaluation", "checkpoints", "callbacks", "other")
@@ -59,7 +60,7 @@ class Profiler(HookWatcher):
     def __init__(
         self, trace: str | Path | None = None, prints: bool = True, max_events: int = 100_000
     ) -> None:
-        self.path = None if trace is None else path_of("Profiler: trace", trace)
+        self.path = None if trace is None else file_of("Profiler: trace", trace)
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.hooks: dict[str, float] = {}
@@ -166,7 +167,10 @@ class Profiler(HookWatcher):
             return
         self._is_running = False
         if self.path is not None:
-            self._write_trace(self.path)
+            try:
+                self._write_trace(self.path)
+            except OSError as error:  # no reason to lose what was trained
+                warnings.warn(f"Profiler could not write its trace: {error}", stacklevel=2)
 
     def table(self) -> str:
         """Phases and the slowest hooks, as lines of text.

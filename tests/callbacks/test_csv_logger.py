@@ -165,3 +165,8 @@ def test_a_separator_is_one_character(separator):
 def test_append_is_true_or_false(tmp_path):
     with pytest.raises(ConfigurationError, match="CSVLogger: append="):
         CSVLogger(tmp_path / "log.csv", append="log.csv")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        CSVLogger(tmp_path)

@@ -148,3 +148,12 @@ def test_what_callbacks_do_while_another_saves_is_counted_once(tmp_path):
     assert sum(profiler.seconds.values()) <= time.perf_counter() - start
     assert profiler.seconds["checkpoints"] > 0.1
     assert "Do.on_save_begin" not in profiler.hooks
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        Profiler(tmp_path)
+    (tmp_path / "file").touch()
+    profiler = Profiler(tmp_path / "file" / "trace.json", prints=False)
+    with pytest.warns(UserWarning, match="could not write its trace"):
+        assert fit(profiler).epoch == [0]
