@@ -17,6 +17,7 @@ from mlx_fit.cli import (
     inspect,
     launch,
     report,
+    train,
 )
 from mlx_fit.cli.settings import UsageError, nearest
 from mlx_fit.errors import DistributedError, MlxFitError, Preempted
@@ -31,6 +32,7 @@ VERBS = {
     "inspect": inspect,
     "launch": launch,
     "report": report,
+    "train": train,
 }
 
 
