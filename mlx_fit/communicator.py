@@ -277,12 +277,17 @@ class Exchange(Protocol):
 
     Attributes:
         votes: what this rank asks for; it goes along with every window.
+        rank: this process's.
     """
 
     votes: Votes
+    rank: int
 
     def begin(self, model: nn.Module, number: int) -> None:
         """A window begins: the ``number``-th, from 0."""
+
+    def gather_number(self, number: int) -> list[int]:
+        """A number of every rank, by rank; collective."""
 
     def close(self, model: nn.Module, window: list[Any], sums: Sums, number: int) -> Shared:
         """Put the parts of all ranks together; collective.

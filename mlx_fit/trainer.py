@@ -441,6 +441,7 @@ class Trainer(Stateful):
         """Rows that are computed at a time: a batch, or less after memory did not suffice for one.
 
         It is kept for the rest of the run, and in checkpoints. Evaluation has a size of its own.
+        Of several ranks each computes so many at a time, all the same.
         """
         rows = None if self._splitters is None else self._splitters[0].rows
         return rows or self.info.batch_size or self.batch_size

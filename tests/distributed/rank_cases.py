@@ -853,9 +853,14 @@ def terminated(folder):
 
 ENDING = ("terminated",)
 
-if __name__ == "__main__":
+
+def main():
     folder = Path(sys.argv[1])
     results = {}
     for name in sys.argv[2:]:
         results[name] = CASES[name](folder / name)
     (folder / f"rank{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
