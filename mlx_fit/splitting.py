@@ -9,11 +9,13 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState, set_leaf
 from mlx_fit.batch import num_rows, rows_between
-from mlx_fit.errors import OutOfMemoryError, from_runtime_error
-from mlx_fit.evaluation import EvaluationStep
+from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
+from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.logs import FOLD, Sums
 from mlx_fit.step import TrainStep
 
@@ -68,6 +70,26 @@ class Splitter:
             f"batch: all ranks go on with micro-batches of at most {self.rows} rows.",
             stacklevel=5,
         )
+
+
+class Splitters:
+    """Those of a trainer, None where batches are not split.
+
+    Training's size is the run's; the others change no result.
+
+    Args:
+        splits: whether there are any.
+    """
+
+    def __init__(self, splits: bool) -> None:
+        self.training = Splitter() if splits else None
+        self.evaluation = Splitter() if splits else None
+        self.prediction = Splitter() if splits else None
+
+    @property
+    def rows(self) -> int | None:
+        """The most rows of a micro-batch of training; None while nothing was split."""
+        return None if self.training is None else self.training.rows
 
 
 class _Start:
@@ -266,6 +288,45 @@ class SplittingEvaluation:
         if len(sums.pending) > FOLD:
             sums.fold()
         return True
+
+
+class SplittingPrediction:
+    """A prediction step that computes a batch in halves when memory runs out.
+
+    Args:
+        step: the prediction step.
+        splitter: decides on the size; prediction has its own.
+    """
+
+    def __init__(self, step: PredictionStep, splitter: Splitter) -> None:
+        self._step = step
+        self._splitter = splitter
+
+    def __call__(self, batch: Any) -> Any:
+        """Outputs, a tree of NumPy arrays."""
+        before = self._splitter.rows
+        while True:
+            try:
+                found = [self._step.on_host(p) for p in self._splitter.parts(batch)]
+                break
+            except Exception as error:
+                self._splitter.after(error, batch)
+            mx.clear_cache()
+        if self._splitter.rows != before:
+            self._splitter.report(batch, "prediction")
+        return found[0] if len(found) == 1 else tree_map(_joined, found[0], *found[1:])
+
+
+def _joined(*leaves: Any) -> Any:
+    """Outputs of parts as one array; None stays None."""
+    if leaves[0] is None:
+        return None
+    if leaves[0].ndim == 0:
+        raise ConfigurationError(
+            "The model returned a scalar for a batch, so the batch cannot be computed in parts. "
+            "Use a smaller batch_size."
+        )
+    return np.concatenate(leaves)
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
