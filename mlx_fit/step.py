@@ -212,6 +212,7 @@ class TrainStep(StepState):
 
     def _close_together(self, exchange: Exchange) -> None:
         """Close the window of all ranks; their sums take the place of this rank's."""
+        self.wait()  # nothing else may hold what the update reuses
         self.begin_window()  # of one that was loaded full, there was no batch
         if self.before_closing is not None:
             self.before_closing()

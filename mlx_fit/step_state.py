@@ -74,7 +74,7 @@ class StepState(ABC):
         self._is_async = not is_cpu and exchange is None
         # On the CPU the next batch is fetched meanwhile, but no second step begins: it would be no
         # faster, and hold another copy of the state. What may have to be redone is waited for.
-        self._overlaps = is_cpu and exchange is None and options.on_oom != "split"
+        self._overlaps = is_cpu and options.on_oom != "split"
 
     @abstractmethod
     def close_window(self) -> None:

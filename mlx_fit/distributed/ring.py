@@ -128,12 +128,16 @@ class Ring:
         self.step = step
 
     def sum(self, arrays: list[mx.array], phase: str = "sum") -> list[mx.array]:
-        """Elementwise sums over the ranks, evaluated, in the order of ``arrays``."""
-        return [self._run(mx.distributed.all_sum, array, phase) for array in arrays]
+        """Elementwise sums over the ranks, evaluated, in the order of ``arrays``.
+
+        The list is emptied: what nobody else holds is summed in place.
+        """
+        arrays.reverse()
+        return [self._run(mx.distributed.all_sum, arrays, phase) for _ in range(len(arrays))]
 
     def gather_arrays(self, array: mx.array, phase: str = "gather") -> mx.array:
         """The arrays of all ranks, equal in shape, joined along their first axis."""
-        return self._run(mx.distributed.all_gather, array, phase)
+        return self._run(mx.distributed.all_gather, [array], phase)
 
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all ranks, by rank."""
@@ -146,19 +150,22 @@ class Ring:
         rows = found.reshape(self.size, longest)
         return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
-    def _run(self, collective: Callable[..., mx.array], array: mx.array, phase: str) -> mx.array:
+    def _run(
+        self, collective: Callable[..., mx.array], arrays: list[mx.array], phase: str
+    ) -> mx.array:
+        """The collective of the last of some arrays, which is taken from the list."""
         if self._link.failure is not None:
             raise DistributedError(
                 f"No collective runs after one has failed: {self._link.failure}"
             ) from self._link.failure
-        mx.eval(array)  # what can fail on this rank alone fails here, where nobody waits yet
+        mx.eval(arrays[-1])  # what can fail on this rank alone fails here, where nobody waits yet
         self.num_collectives += 1
-        self.num_bytes += array.nbytes
+        self.num_bytes += arrays[-1].nbytes
         start = perf_counter()
         try:
             with self._link.plane.watching(self.step, phase):
                 # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
-                result = collective(array, group=self._link.group, stream=mx.cpu)
+                result = collective(arrays.pop(), group=self._link.group, stream=mx.cpu)
                 mx.eval(result)  # host synchronisation with all ranks
         except BaseException as error:
             self._link.failure = error

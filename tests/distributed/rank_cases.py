@@ -413,6 +413,38 @@ def buckets(folder):
     return found
 
 
+@case
+def bytes_of_a_sum(folder):
+    """The most memory that a sum of gradients takes beside these, in their size."""
+    trainer = trainer_of()
+    gradients = {str(i): mx.ones((1000, 100)) * i for i in range(4)}
+    mx.eval(gradients)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    sums = Buckets(SyncPolicy()).summed(trainer.communicator, gradients)
+    mx.eval(sums)
+    taken = mx.get_peak_memory() - before
+    found = {name: value.min().item() for name, value in sums.items()}
+    return {"share": taken / 1_600_000, "sums": found, "kept": gradients["3"].max().item()}
+
+
+class WaitsAtOnce(Callback):
+    def on_train_begin(self, logs):
+        self.trainer._train_step._overlaps = False
+
+
+@case
+def overlapped(folder):
+    """The next batch is fetched while the update is computed, or after it."""
+    runs = []
+    for callbacks in ((), (WaitsAtOnce(),)):
+        trainer = trainer_of(
+            mlp(0, nn.BatchNorm(16), nn.Dropout(0.2)), optim.AdamW(0.01), gradient_accumulation=2
+        )
+        runs.append(fitted(trainer, callbacks=list(callbacks)))
+    return {"same": runs[0] == runs[1], "overlaps": trainer_of()._new_train_step()._overlaps}
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ OF_TWO = [
     *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
     *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
     *("one_sum_an_update", "half_precision_sums", "own_lists", "own_predictions", "files"),
-    *("full_disk", "watched", "out_of_step"),
+    *("bytes_of_a_sum", "overlapped", "full_disk", "watched", "out_of_step"),
 ]
 DIFFERENT = ("dropout", "files", "own_predictions", "watched", "out_of_step")
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
@@ -247,6 +247,18 @@ def test_watching_sends_no_more_in_a_step(two):
 def test_gradients_are_sent_once_an_update_whatever_the_accumulation(two):
     eight, two_updates = two["one_sum_an_update"][0]
     assert eight - two_updates == 6 * 2  # a header and one bucket each
+
+
+def test_gradients_are_summed_in_place_in_one_copy_of_them(two):
+    for found in two["bytes_of_a_sum"]:
+        assert found["share"] < 1.1
+        assert found["sums"] == {str(i): 2.0 * i for i in range(4)}
+        assert found["kept"] == 3.0  # what the caller holds is not touched
+
+
+def test_what_is_fetched_meanwhile_changes_no_bit(two):
+    for found in two["overlapped"]:
+        assert found == {"same": True, "overlaps": mx.default_device() == mx.cpu}
 
 
 def test_half_precision_halves_the_bytes_and_keeps_the_digits_it_can(two):
