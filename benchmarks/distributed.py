@@ -100,7 +100,7 @@ def sums() -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for name, clock in CLOCKS.items():
         found[name] = []
-        for number in range(6 * ROUNDS):  # the first of two also waits for the other rank: in turn
+        for number in range(40 * ROUNDS):  # the first of two also waits for the other rank: in turn
             order = (ours, theirs) if number % 2 else (theirs, ours)
             one, other = (taken(work, clock) for work in order)
             found[name].append(one / other if number % 2 else other / one)
