@@ -231,8 +231,14 @@ class FitState:
         """What became of weights and optimizer state, in a sentence."""
         newest = None if self._saver is None else self._saver.newest
         if not self._step.is_whole:
-            where = "a checkpoint" if newest is None else str(newest)
-            return f"Weights and optimizer state may be half updated: go on from {where}."
+            left = "Weights and optimizer state may be half updated"
+            if newest is not None:
+                return f"{left}: go on from {newest}."
+            next_time = "" if self._saver is not None else ", with checkpoint_dir= to have one then"
+            return (
+                f"{left}, and no checkpoint was written to go on from: start with a new model and "
+                f"optimizer{next_time}."
+            )
         saved = "" if newest is None else f"; the newest checkpoint is {newest}"
         return f"Weights and optimizer state are those of step {self._run.step}{saved}."
 

@@ -44,7 +44,6 @@ from mlx_fit.protocols import Communicator, RunInfo
 from mlx_fit.rates import OptimizerSetup
 from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
-from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
 from mlx_fit.splitting import Splitters, SplittingStep
 from mlx_fit.state import without_arrays
@@ -246,7 +245,7 @@ class Trainer(Stateful):
                     callback_list,
                     history,
                     interruption,
-                    None if given.store is None else Saver(given.store, given.policy, self),
+                    given.saver(self),
                     resumption,
                     self._splitters,
                 )
@@ -579,7 +578,8 @@ class Trainer(Stateful):
             with self.device_config.applied():
                 yield
         except BaseException as error:
-            typed = from_runtime_error(error, batch_size=self.batch_size)
+            state = "" if trains else "Nothing was updated."
+            typed = from_runtime_error(error, batch_size=self.batch_size, state=state)
             self.communicator.report(typed or error)
             if trains:
                 if isinstance(typed, OutOfMemoryError) and self._train_step is not None:
