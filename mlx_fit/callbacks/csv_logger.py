@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.callbacks.device_monitor import DEVICE_KEYS
+from mlx_fit.checks import path_of
 from mlx_fit.errors import ConfigurationError
 
 NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates", *DEVICE_KEYS)
@@ -34,7 +35,7 @@ class CSVLogger(Callback):
             raise ConfigurationError(
                 f"CSVLogger(separator={separator!r}); expected one character, such as ',' or ';'."
             )
-        self.path = Path(filename)
+        self.path = path_of("CSVLogger: filename", filename)
         self._separator = separator
         self._append = append
         self._columns: list[str] = []

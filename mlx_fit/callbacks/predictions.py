@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.event_files import open_writer, purge
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError
 
 FOLDER = "predictions"
@@ -67,7 +67,7 @@ class Predictions(Callback):
                 "with as many of both, at least one, or x alone."
             )
         self._names = None if class_names is None else [str(name) for name in class_names]
-        self._folder = Path(log_dir) / FOLDER
+        self._folder = path_of("Predictions: log_dir", log_dir) / FOLDER
         self._num_epochs = 0
         self._writer: Any = None
         self.outputs: Any = None

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_fit.callbacks.as_json import dumps
 from mlx_fit.callbacks.base import Callback, HookWatcher
 from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
-from mlx_fit.checks import boolean, natural
+from mlx_fit.checks import boolean, natural, path_of
 from mlx_fit.errors import ConfigurationError
 
 PHASES = ("data wait", "step", "evaluation", "checkpoints", "callbacks", "other")
@@ -59,9 +59,7 @@ class Profiler(HookWatcher):
     def __init__(
         self, trace: str | Path | None = None, prints: bool = True, max_events: int = 100_000
     ) -> None:
-        if trace is not None and not isinstance(trace, (str, Path)):
-            raise ConfigurationError(f"Profiler: trace={trace!r}; expected a path or None.")
-        self.path = None if trace is None else Path(trace)
+        self.path = None if trace is None else path_of("Profiler: trace", trace)
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.hooks: dict[str, float] = {}
