@@ -445,6 +445,28 @@ def overlapped(folder):
     return {"same": runs[0] == runs[1], "overlaps": trainer_of()._new_train_step()._overlaps}
 
 
+class SaveInWindow(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, batch, logs):
+        if batch == 4 and self.trainer.epoch == 0:  # the second of three batches of a window
+            self.trainer.save(self.path)
+
+
+@case
+def saved_in_a_window(folder):
+    def make():
+        optimizer = optim.AdamW(0.01)
+        return trainer_of(
+            optimizer=optimizer, gradient_accumulation=3, metrics=("accuracy", "auroc")
+        )
+
+    whole = fitted(make(), rows(96), callbacks=SaveInWindow(folder / "saved"))
+    other = {"checkpoint_dir": folder / "other", "resume": folder / "saved"}
+    return {"whole": whole, "resumed": fitted(make(), rows(96), **other)}
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ OF_TWO = [
     *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
     *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
     *("one_sum_an_update", "half_precision_sums", "own_lists", "own_predictions", "files"),
-    *("bytes_of_a_sum", "overlapped", "full_disk", "watched", "out_of_step"),
+    *("bytes_of_a_sum", "overlapped", "saved_in_a_window", "full_disk", "watched", "out_of_step"),
 ]
 DIFFERENT = ("dropout", "files", "own_predictions", "watched", "out_of_step")
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
@@ -254,6 +254,14 @@ def test_gradients_are_summed_in_place_in_one_copy_of_them(two):
         assert found["share"] < 1.1
         assert found["sums"] == {str(i): 2.0 * i for i in range(4)}
         assert found["kept"] == 3.0  # what the caller holds is not touched
+
+
+def test_a_window_that_was_saved_half_full_has_the_gradients_of_all_ranks(two):
+    for found in two["saved_in_a_window"]:
+        whole, resumed = found["whole"], found["resumed"]
+        assert (resumed["step"], resumed["updates"]) == (whole["step"], whole["updates"])
+        assert_close(resumed["weights"], whole["weights"], tolerance=1e-6)
+        assert_close(resumed["history"], whole["history"], tolerance=1e-6)
 
 
 def test_what_is_fetched_meanwhile_changes_no_bit(two):
