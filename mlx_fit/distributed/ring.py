@@ -25,6 +25,7 @@ from mlx_fit.errors import (
     Preempted,
 )
 
+_MESSAGE = 0x6D6C7866  # the first word of a message: what is anything else was none
 WAITING = "header"  # the phase in which ranks wait for the slowest: its message is small
 
 # Set by mlx.launch and mlx-fit launch, by Open MPI and by MPICH's relatives.
@@ -140,9 +141,20 @@ class Ring:
         return self._run(mx.distributed.all_gather, [array], phase)
 
     def gather(self, message: bytes) -> list[bytes]:
-        """The messages of all ranks, by rank."""
-        lengths = self.gather_arrays(mx.array([len(message)], mx.int32), "message")
-        sizes: list[int] = lengths.tolist()  # type: ignore[assignment]
+        """The messages of all ranks, by rank.
+
+        Raises:
+            DistributedError: another rank is not in here, but in another collective.
+        """
+        begun = self.gather_arrays(mx.array([_MESSAGE, len(message)], mx.int32), "message")
+        words: list[int] = begun.tolist()  # type: ignore[assignment]
+        if words[::2] != [_MESSAGE] * self.size:
+            raise DistributedError(
+                f"Rank {self.rank} exchanges a message where another rank does something else: "
+                "they are not at the same place. All ranks must call fit, evaluate, predict, save "
+                "and load together, also in callbacks: none of them under `if trainer.rank == 0:`."
+            )
+        sizes = words[1::2]
         longest = max(sizes)
         padded = np.zeros(longest, np.uint8)
         padded[: len(message)] = np.frombuffer(message, np.uint8)

@@ -848,6 +848,29 @@ def out_of_step(folder):
     return error_of(lambda: trainer.save_weights(folder / "w.safetensors"))
 
 
+class OnOneRank(Callback):
+    def __init__(self, rank, act):
+        self.rank, self.act = rank, act
+
+    def on_train_batch_end(self, batch, logs):
+        if self.rank == RANK and batch == 2:
+            self.act(self.trainer)
+
+
+def on_one_rank(rank, act):
+    return error_of(lambda: fitted(trainer_of(), rows(96), callbacks=OnOneRank(rank, act)))
+
+
+@case
+def saved_by_rank_0_alone(folder):
+    return on_one_rank(0, lambda trainer: trainer.save_weights(folder / "w.safetensors"))
+
+
+@case
+def evaluated_by_rank_1_alone(folder):
+    return on_one_rank(1, lambda trainer: trainer.evaluate(rows(24), verbose=0))
+
+
 @case
 def other_arguments(folder):
     return [

@@ -214,6 +214,18 @@ def test_ranks_that_do_different_things_are_told_so(two):
         assert "not at the same place" in found["text"]
 
 
+@pytest.mark.parametrize(
+    ("name", "rank"), [("saved_by_rank_0_alone", 0), ("evaluated_by_rank_1_alone", 1)]
+)
+def test_what_one_rank_does_alone_in_a_callback_ends_all_and_says_why(name, rank, tmp_path):
+    found = run_cases(2, [name], tmp_path)[name]
+    assert found[rank]["type"] == "DistributedError"
+    assert (
+        "All ranks must call fit, evaluate, predict, save and load together" in found[rank]["text"]
+    )
+    assert found[1 - rank]["type"] in ("PeerError", "DistributedError")
+
+
 def test_one_rank_may_predict_a_batch_by_itself(two, tmp_path):
     first, second = two["own_predictions"]
     assert first["history"] == second["history"]
