@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 PARTS = 8
+BEHIND = 2**30  # the same for all shapes: MLX compiles a kernel for each constant
 
 
 def capacity(weights: Any, shape: tuple[int, ...]) -> int | None:
@@ -39,4 +40,4 @@ def positions(weights: mx.array, capacity: int) -> mx.array:
         capacity: from :func:`capacity`.
     """
     places = mx.arange(weights.size)
-    return mx.argsort(mx.where(weights > 0, places, places + weights.size))[:capacity]
+    return mx.argsort(mx.where(weights > 0, places, places + BEHIND))[:capacity]
