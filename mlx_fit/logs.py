@@ -345,11 +345,16 @@ class Sums:
                     self.first_bad = tag, math.nan if loss is None else loss
                     return
 
-    def take_back(self, num_vectors: int, num_batches: int) -> None:
-        """Forget the newest vectors, which are pending still, and the rows of so many batches."""
-        if num_vectors:
-            del self.pending[-num_vectors:], self.tags[-num_vectors:]
-        self.rows.take_back(num_batches)
+    def mark(self) -> tuple[int, int, int]:
+        """Where it is now, for :meth:`back_to`."""
+        return self.num_added, len(self.open), self.rows.num_batches
+
+    def back_to(self, mark: tuple[int, int, int]) -> None:
+        """Forget what was added since :meth:`mark`, of which nothing may be folded."""
+        num_added, num_open, num_batches = mark
+        del self.pending[num_added - self.num_folded :], self.tags[num_added - self.num_folded :]
+        del self.open[num_open:]
+        self.rows.take_back(self.rows.num_batches - num_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, for a checkpoint. Host synchronisation."""
@@ -405,7 +410,7 @@ class Sums:
             for name, value in state.items():
                 start, value = self.layout.start(key, name), value.astype(mx.float32)
                 if value.ndim == 0:
-                    parts.append(mx.where(self.lanes == start, value, 0.0))
+                    parts.append(mx.where(self.lanes == FIRST_LANE + start, value, 0.0))
                 else:
                     padding = (start, self.capacity - start - value.size)
                     parts.append(mx.pad(value.reshape(-1), padding))
@@ -443,8 +448,14 @@ class Sums:
                     self.totals[start : start + size] = old[source : source + size]
 
 
+# MLX (0.32.4) names a compiled kernel by its constants' digits, nothing between them, and keeps it
+# for other processes: lane 13 with weight 3 got the kernel of lane 1 with weight 33. So all lanes
+# have six digits.
+FIRST_LANE = 100_000
+
+
 def _lanes(capacity: int) -> mx.array:
-    lanes = mx.arange(capacity)
+    lanes = mx.arange(FIRST_LANE, FIRST_LANE + capacity)
     mx.eval(lanes)  # a lazy array could be used by this thread only
     return lanes
 

@@ -25,7 +25,7 @@ from mlx_fit.pace import Pace
 from mlx_fit.protocols import Averages, Communicator, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
-from mlx_fit.splitting import Splitter
+from mlx_fit.splitting import Splitters
 from mlx_fit.state import (
     TrainState,
     check_buffers,
@@ -76,7 +76,7 @@ class Stateful(ABC):
         self._train_step: TrainStep | None = None
         self._fit: Fit | None = None  # while one runs
         # With on_oom="split": that of training, whose size is saved, and that of evaluation.
-        self._splitters: tuple[Splitter, Splitter] | None = None
+        self._splitters = Splitters(False)
         self._last_fit: TrainState | None = None  # its end, without weights and optimizer state
 
     @abstractmethod
@@ -171,7 +171,7 @@ class Stateful(ABC):
             "epoch": self.epoch,
             "order_seed": self._order_seed,
             "num_passes": self._num_passes,
-            "micro_batch_size": None if self._splitters is None else self._splitters[0].rows,
+            "micro_batch_size": self._splitters.rows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -216,8 +216,8 @@ class Stateful(ABC):
         self.epoch = state["epoch"]
         self._order_seed = state["order_seed"]
         self._num_passes = state["num_passes"]
-        if self._splitters is not None:
-            self._splitters[0].rows = state.get("micro_batch_size")
+        if self._splitters.training is not None:
+            self._splitters.training.rows = state.get("micro_batch_size")
 
     def _drop_train_step(self) -> None:
         self._steps_before, self._train_step = self.step, None

@@ -79,7 +79,7 @@ class TrainStep(StepState):
 
     def _build(self) -> None:
         check_trained(self.model)
-        self.objective.start()
+        self.objective.start(self.model)
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
         self._built_for = self._fingerprint()
@@ -133,8 +133,8 @@ class TrainStep(StepState):
         """Take one batch: its gradients and, if it is the last of its window, the update."""
         self.wait()
         weight = 0.0 if batch is None else self.objective.host_weight(batch)
-        if self.exchange is not None and not self._num_in_window:
-            self.exchange.begin(self.model, self.num_windows)
+        if not self._has_begun:
+            self.begin_window()
         if weight is None and self._weight_on_host:
             self._weight_on_host = False
             self._rebuild()
@@ -212,7 +212,11 @@ class TrainStep(StepState):
 
     def _close_together(self, exchange: Exchange) -> None:
         """Close the window of all ranks; their sums take the place of this rank's."""
-        self.is_whole = False
+        self.wait()  # nothing else may hold what the update reuses
+        self.begin_window()  # of one that was loaded full, there was no batch
+        if self.before_closing is not None:
+            self.before_closing()
+        self.is_whole = self._has_begun = False
         sums = self.sums
         shared = exchange.close(self.model, self._window, sums, self.num_windows)
         self._window, sums.open, sums.batch = [], [], shared.vector
@@ -274,7 +278,7 @@ class TrainStep(StepState):
 
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
-    def _update_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
+    def _update_from(self, variant: Any, batch: Any, window: list[Any]) -> Any:
         """Gradients and update in one function: a window of one batch.
 
         ``variant`` is here for MLX, which compiles anew for each value of a Python argument.
@@ -288,7 +292,7 @@ class TrainStep(StepState):
         results = window, self._updates.pack(terms, entries), terms.rows
         return (*results, gradients) if self.options.on_oom == "split" else results
 
-    def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
+    def _accumulate_from(self, variant: Any, batch: Any, window: list[Any]) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
         terms, gradients, is_good = self._gradients(batch)
         weight = mx.array(terms.weight, mx.float32)
