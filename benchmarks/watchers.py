@@ -1,10 +1,9 @@
 """What does watching cost? ``fit`` with each callback, and with all, against the bare loop by hand.
 
 Network, data, loop and method are those of ``benchmarks/fit.py``: an epoch of ``fit``, with what
-the callbacks do at its end, against the mean of the two by hand around it; and the time of a step
-beyond one by hand, by the clock and in processor time. Also printed: calls of mlx_fit's own
-functions in a steady batch (the median and the most of 100). ``OPENBLAS_NUM_THREADS=1`` makes
-processor time that of the step.
+the callbacks do at its end, against the mean of the two by hand around it, by the clock and in
+processor time. Also printed: calls of mlx_fit's own functions in a steady batch (the median and the
+most of 100).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from fit import STEPS, over, summary
+from fit import HEAD, STEPS, row
 
 from mlx_fit import (
     EMA,
@@ -80,18 +79,14 @@ def main() -> None:
         f"fit / hand-written loop, width {WIDTH}, batch {BATCH_SIZE}, {STEPS} steps an epoch, "
         f"{ROUNDS} rounds"
     )
-    print(
-        f"{'watched by':<32}   ratio  95% interval         all  over_us   cpu_us"
-        "   noise  95% interval         all  calls   most"
-    )
+    print(f"{'watched by':<32}   {HEAD}  calls   most")
     with tempfile.TemporaryDirectory() as folder:
         for name, callbacks in watchers(Path(folder)).items():
             verbose = 0 if name.endswith("verbose=0") else 1
             found = against_hand(WIDTH, BATCH_SIZE, STEPS, ROUNDS, callbacks, verbose)
             counts = calls_of_batches(WIDTH, BATCH_SIZE, callbacks, verbose)
             print(
-                f"{name:<32} {summary(found.ratios)} {over(found)} {summary(found.noise)} "
-                f"{statistics.median(counts):>6.0f} {max(counts):>6}",
+                f"{name:<32} {row(found)} {statistics.median(counts):>6.0f} {max(counts):>6}",
                 flush=True,
             )
 

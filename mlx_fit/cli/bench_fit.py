@@ -101,8 +101,7 @@ class EpochClock(Callback):
     """
 
     def __init__(self, first: EpochClock | None = None) -> None:
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
+        self.seconds: list[tuple[float, float]] = []  # by the clock, and of processors
         self.marks = (0.0, 0.0)
         self._first = first
 
@@ -113,8 +112,7 @@ class EpochClock(Callback):
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """All others have done what they do at its end."""
         wall, cpu = (self._first or self).marks
-        self.seconds.append(time.perf_counter() - wall)
-        self.cpu_seconds.append(time.process_time() - cpu)
+        self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
 
 
 class Alternate(Callback):
@@ -124,20 +122,23 @@ class Alternate(Callback):
         self, hand: Callable[[], float], again: Callable[[], float], seconds: float
     ) -> None:
         self._ends_at = time.perf_counter() + seconds
-        self.around: list[float] = []  # after an epoch of fit, and before the next
-        self.twice: list[float] = []
-        self.cpu_seconds: list[float] = []
+        self.around: list[tuple[float, float]] = []  # after an epoch of fit, and before the next
+        self.twice: list[tuple[float, float]] = []
         self._hand, self._again = hand, again
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """One, another, and the first again."""
-        self.around.append(self._hand())
-        start = time.process_time()
-        self.twice.append(self._again())
-        self.cpu_seconds.append(time.process_time() - start)
-        self.around.append(self._hand())
+        self.around.append(_timed(self._hand))
+        self.twice.append(_timed(self._again))
+        self.around.append(_timed(self._hand))
         if time.perf_counter() > self._ends_at and epoch >= LEAST_ROUNDS:
             self.trainer.request_stop("Alternate")
+
+
+def _timed(epoch: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of an epoch, by the clock and of processors."""
+    start = time.process_time()
+    return epoch(), time.process_time() - start
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,18 @@ class Comparison:
     Attributes:
         step_ms: median time of a step by hand.
         ratios: each epoch of ``fit`` over the mean of the two by hand around it.
+        cpu_ratios: the same in processor time of all threads, which other work changes little; with
+            several BLAS threads it counts their waiting, too.
         noise: each epoch of a second loop by hand over the mean of the two around it.
         over_us: time of a step of ``fit`` beyond one by hand, median of the same pairs, in
             microseconds.
-        over_cpu_us: the same in processor time of all threads, of an epoch and the one after it.
     """
 
     step_ms: float
     ratios: list[float]
+    cpu_ratios: list[float]
     noise: list[float]
     over_us: float
-    over_cpu_us: float
 
 
 def against_hand(
@@ -184,19 +186,23 @@ def against_hand(
     with contextlib.redirect_stdout(io.StringIO()):
         order = [begin, *callbacks, end, hands]
         trainer.fit((x, y), epochs=rounds + 1, callbacks=order, verbose=verbose)
-    around, pairs = hands.around, range(1, len(end.seconds))  # the first epoch compiles
+    pairs = range(1, len(end.seconds))  # the first epoch compiles
     fits = [end.seconds[i] for i in pairs]
-    outside = [(around[2 * i - 1] + around[2 * i]) / 2 for i in pairs]
-    beside = [(around[2 * i] + around[2 * i + 1]) / 2 for i in pairs]
-    over = [f - b for f, b in zip(fits, outside, strict=True)]
-    over_cpu = [end.cpu_seconds[i] - hands.cpu_seconds[i] for i in pairs]
+    around, outside = hands.around, [_mean(hands.around[2 * i - 1 : 2 * i + 1]) for i in pairs]
+    beside = [_mean(hands.around[2 * i : 2 * i + 2]) for i in pairs]
+    over = [f[0] - b[0] for f, b in zip(fits, outside, strict=True)]
     return Comparison(
-        1e3 * statistics.median(around[1:]) / steps,
-        [f / b for f, b in zip(fits, outside, strict=True)],
-        [hands.twice[i] / b for i, b in zip(pairs, beside, strict=True)],
+        1e3 * statistics.median(seconds for seconds, _ in around[1:]) / steps,
+        [f[0] / b[0] for f, b in zip(fits, outside, strict=True)],
+        [f[1] / b[1] for f, b in zip(fits, outside, strict=True)],
+        [hands.twice[i][0] / b[0] for i, b in zip(pairs, beside, strict=True)],
         1e6 * statistics.median(over) / steps,
-        1e6 * statistics.median(over_cpu) / steps,
     )
+
+
+def _mean(two: list[tuple[float, float]]) -> tuple[float, float]:
+    (a, b), (c, d) = two
+    return (a + c) / 2, (b + d) / 2
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from mlx_fit.callbacks.format import format_value
+from mlx_fit.callbacks.format import values_of
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.history import History
 
@@ -26,7 +27,7 @@ def print_history(
     history: History,
     num_steps: int,
     seconds: float,
-    tested: Mapping[str, float],
+    tested: Mapping[str, Any],
     written: Mapping[str, Path],
 ) -> None:
     """Print the last and the best values of a run, its time, and where its files are.
@@ -46,18 +47,21 @@ def print_history(
     if history.stopped_by:
         rows.append(("stopped by", history.stopped_by))
     rows += [(key, text) for key in history.history if (text := _values(history, key))]
-    rows += [(f"test {key}", format_value(value)) for key, value in tested.items()]
+    rows += [(f"test {key}", text) for key, v in tested.items() if (text := _text(key, v))]
     rows += [(name, str(path)) for name, path in written.items()]
     print_table(title, rows)
 
 
 def _values(history: History, key: str) -> str:
-    """The last value, and the best with its epoch, from 1; empty for what is no number."""
-    last = history.history[key][-1]
-    if not isinstance(last, (int, float)):
-        return ""
+    """The last value, and the best with its epoch, from 1; empty for what is not printed."""
+    last = _text(key, history.history[key][-1])
     try:
         epoch, best = history.best(key)
     except ConfigurationError:  # nobody declared its direction
-        return format_value(last)
-    return f"{format_value(last)} (best: {format_value(best)}, epoch {epoch + 1})"
+        return last
+    return last and f"{last} (best: {_text(key, best)}, epoch {epoch + 1})"
+
+
+def _text(key: str, value: Any) -> str:
+    """As in the line of an epoch."""
+    return "".join(values_of({key: value})).removeprefix(f"{key}: ")

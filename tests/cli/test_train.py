@@ -67,6 +67,23 @@ def loss(outputs, targets):
     return nn.losses.cross_entropy(outputs, targets)
 
 
+class Tok:
+    eos_token_id = 0
+
+    def encode(self, text, **options):
+        return [ord(letter) % 50 + 1 for letter in text]
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64)
+
+    def __call__(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
 def breaks():
     raise RuntimeError("no luck")
 """
@@ -84,6 +101,17 @@ batch_size = 8
 seed = 0
 verbose = 0
 """
+TEXT = """
+objective = "CausalLM"
+model = { use = "mine_code.py:LanguageModel" }
+optimizer = { use = "Adam", learning_rate = 0.01 }
+[data.train]
+use = "BucketBatches"
+batch_size = 4
+dataset = { use = "TextDataset", source = "t.jsonl", tokenizer = { use = "mine_code.py:Tok" } }
+[fit]
+verbose = 0
+"""
 
 
 @pytest.fixture
@@ -94,6 +122,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "mine_code", raising=False)
     (tmp_path / "mine_code.py").write_text(CODE)
     (tmp_path / "base.toml").write_text(BASE)
+    rows = [json.dumps({"text": f"hello {n}"}) + "\n" for n in range(10)]
+    (tmp_path / "t.jsonl").write_text("".join(rows))
     return tmp_path
 
 
@@ -182,6 +212,14 @@ def test_the_table_has_the_best_and_the_test_values(place, capsys):
     assert 0 <= float(rows["test accuracy"]) <= 1
     assert rows["curves"] == "c.csv"
     assert "stopped by" not in rows
+
+
+def test_counts_are_whole_and_matrices_and_facts_of_the_machine_are_left_out(place, capsys):
+    assert train("metrics=['confusion_matrix']", "callbacks.DeviceMonitor=true") == 0
+    assert not {"confusion_matrix", "val_confusion_matrix", "cpu_percent"} & {*table_of(capsys)}
+    (place / "own.toml").write_text(TEXT)
+    assert train(config="own.toml") == 0
+    assert table_of(capsys)["num_tokens"].isdigit()
 
 
 def test_why_it_stopped_is_said(place, capsys):
