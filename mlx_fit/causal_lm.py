@@ -14,12 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_fit._tree import RandomState
 from mlx_fit.batch import TextBatch
-from mlx_fit.body_head import SplitModel
+from mlx_fit.body_head import SplitModel, check_split
 from mlx_fit.checks import natural
-from mlx_fit.chunked_loss import TokenLoss, TokenSums, chunked_sums
+from mlx_fit.chunked_loss import TokenLoss, TokenSums, chunked_sums, whole_sums
+from mlx_fit.counted import capacity, positions
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import divide, total
+from mlx_fit.modes import evaluation_mode
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.sums import long_sum
 from mlx_fit.text.packed_model import apply_packed, check_packing
@@ -90,60 +93,85 @@ class CausalLM(Objective):
             raise ConfigurationError(
                 f"aux_loss={aux_loss!r}; expected a function f(model, outputs) -> scalar."
             )
-        self.variant = False  # whether rows of the batch hold several documents
+        # Whether rows of the batch hold several documents; how many positions the head runs for.
+        self.variant: tuple[bool, int | None] = False, None
         self.chunk_size = None if chunk_size is None else natural("chunk_size", chunk_size, 1)
         self._loss = TokenLoss(float(label_smoothing), float(z_loss))
         self._aux_loss = aux_loss
         self._num_classes: int | None = None
         self._num_embeddings: int | None = None
-        self._checked: int | None = None
+        # id of a model, and whether its head can be run apart from its body
+        self._is_split: tuple[int, bool] | None = None
         self._packed_shapes: set[tuple[int, ...]] = set()  # that packing was found to work for
 
     # --- on the device, while tracing -------------------------------------------------------------
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
-        tokens, targets, weights, segments = _parts(batch)
+        tokens, targets, weights, segments = parts = _parts(batch)
         self._num_embeddings = _num_embeddings(model)
+        # Only what is compiled relies on what the host saw of the batch.
+        packed, kept = self.variant if _is_traced(tokens) else _variant(parts)
         weights = _token_weights(weights, targets.shape)
         flat_weights = weights.reshape(-1)
         # What does not count may hold any number, and must not index beyond the logits.
         flat_targets = mx.where(flat_weights > 0, targets.reshape(-1), 0).astype(mx.int32)
-        packed = segments if self.variant else None
-        if self.chunk_size is None:
-            outputs = _forward(model, tokens, packed)
+        split = self._split(model, tokens, segments if packed else None, kept)
+        if isinstance(split, SplitModel):
+            outputs = split.outputs
+            sums = self._sums_of(split, tokens, flat_targets, flat_weights, kept)
+        else:
+            outputs = split
             logits = logits_of(outputs, tokens)
             self._num_classes = logits.shape[-1]
             flat = logits.reshape(-1, self._num_classes)
-            sums = self._loss.sums(flat, flat_targets, flat_weights)
-        else:
-            split = SplitModel(
-                model,
-                tokens,
-                lambda model: _forward(model, tokens, packed),
-                lambda outputs: logits_of(outputs, None),
-            )
-            outputs, sums = split.outputs, self._chunked(split, tokens, flat_targets, flat_weights)
+            sums = whole_sums(self._loss, flat, flat_targets, flat_weights, model.training)
         return self._terms(model, outputs, sums, flat_weights)
 
-    def _chunked(
-        self, split: SplitModel, tokens: mx.array, targets: mx.array, weights: mx.array
+    def _split(
+        self, model: nn.Module, tokens: mx.array, segments: mx.array | None, kept: int | None
+    ) -> Any:
+        """The model run with its body's output kept, or what the model returns where none is."""
+
+        def forward(model: Any) -> Any:
+            return _forward(model, tokens, segments)
+
+        if not _is_traced(tokens):
+            self._look_at(model)
+        if self.chunk_size is None and (kept is None or self._is_split != (id(model), True)):
+            return forward(model)
+        return SplitModel(model, tokens, forward, lambda outputs: logits_of(outputs, None))
+
+    def _sums_of(
+        self,
+        split: SplitModel,
+        tokens: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        kept: int | None,
     ) -> TokenSums:
-        assert self.chunk_size is not None
-        model = split.model
+        """The sums over the positions that count, or over all, from the body's output."""
         self._num_classes = logits_of(split.outputs, tokens).shape[-1]
-        if self._checked != id(model) and not _is_traced(split.hidden):
-            split.check(tokens)
-            self._checked = id(model)
+        hidden, tokens = split.hidden.reshape(-1, split.hidden.shape[-1]), tokens.reshape(-1)
+        if kept is not None:
+            places = positions(weights, kept)
+            hidden, tokens, targets, weights = (
+                array[places] for array in (hidden, tokens, targets, weights)
+            )
+        trains = split.model.training
+        if self.chunk_size is None or self.chunk_size >= len(hidden):
+            logits = split.head(hidden[None], tokens[None], split.parameters)
+            flat = logits.reshape(-1, logits.shape[-1])
+            return whole_sums(self._loss, flat, targets, weights, trains)
         return chunked_sums(
             self._loss,
             split.head,
-            split.hidden.reshape(-1, split.hidden.shape[-1]),
+            hidden,
             split.parameters,
-            tokens.reshape(-1),
+            tokens,
             targets,
             weights,
             self.chunk_size,
-            trains=model.training,
+            trains,
         )
 
     def _terms(self, model: nn.Module, outputs: Any, sums: TokenSums, weights: mx.array) -> Terms:
@@ -168,23 +196,51 @@ class CausalLM(Objective):
 
     # --- on the host ------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """The model may have another number of classes now."""
+    def start(self, model: nn.Module) -> None:
+        """The model may have another number of classes now, or another head."""
         self._num_classes = self._num_embeddings = None
         self._packed_shapes.clear()
+        self._is_split = None
+        self._look_at(model)
+
+    def _look_at(self, model: nn.Module) -> None:
+        """See once whether the head can be run apart from the body.
+
+        Raises:
+            ConfigurationError: it cannot, and ``chunk_size`` needs it.
+        """
+        if self._is_split is not None and self._is_split[0] == id(model):
+            return
+        self._is_split, random_state = (id(model), False), RandomState()
+        try:
+            with evaluation_mode(model):
+                check_split(model, _num_embeddings(model) or 1, lambda out: logits_of(out, None))
+        except ConfigurationError:
+            if self.chunk_size is not None:
+                raise
+        except Exception:
+            # Whatever it is that the model needs, it does not run on tokens alone.
+            return
+        else:
+            self._is_split = id(model), True
+        finally:
+            random_state.restore()
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Compare documents that share a row with their own runs, once for each batch shape."""
         parts = _parts(batch)
         shape = tuple(parts.tokens.shape)
-        if self.variant and shape not in self._packed_shapes:
+        if self.variant[0] and shape not in self._packed_shapes:
             check_packing(model, TextBatch(*parts))
             self._packed_shapes.add(shape)
 
     def host_weight(self, batch: Any) -> float | None:
         """Check tokens and targets, and sum the weights of the targets."""
-        tokens, targets, weights, segments = _parts(batch)
-        self.variant = segments is not None and _is_packed(segments, weights)
+        parts = _parts(batch)
+        tokens, targets, weights, _ = parts
+        self.variant = _variant(parts)
+        if self._is_split is not None and not self._is_split[1]:
+            self.variant = self.variant[0], None
         if not isinstance(tokens, mx.array):
             _check_range("tokens", np.asarray(tokens), None, self._num_embeddings)
         weight = host_sum(weights)
@@ -270,6 +326,14 @@ def _token_weights(weights: mx.array | None, shape: tuple[int, ...]) -> mx.array
         return mx.ones(shape)
     weights = weights.astype(mx.float32)
     return mx.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, shape)
+
+
+def _variant(batch: _Tokens) -> tuple[bool, int | None]:
+    """Whether rows hold several documents, and how many positions the head has to run for."""
+    segments, weights = batch.segments, batch.weights
+    packed = segments is not None and _is_packed(segments, weights)
+    on_device = isinstance(weights, mx.array) and _is_traced(weights)
+    return packed, None if on_device else capacity(weights, tuple(batch.tokens.shape))
 
 
 def _is_packed(segments: Any, weights: Any) -> bool:

@@ -61,3 +61,15 @@ def path_of(name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise ConfigurationError(f"{name}={value!r:.80}; expected a path, as a string or a Path.")
     return Path(value)
+
+
+def file_of(name: str, value: Any) -> Path:
+    """``value`` as the path of a file that is there, or can be made.
+
+    Raises:
+        ConfigurationError: it is no path, or that of a folder.
+    """
+    path = path_of(name, value)
+    if path.is_dir():
+        raise ConfigurationError(f"{name}={str(path)!r} is a folder; expected the path of a file.")
+    return path

@@ -46,50 +46,79 @@ class TokenLoss:
         """Sums over ``logits`` of shape (tokens, classes); ``targets``, ``weights``: (tokens,)."""
         logits = logits.astype(mx.float32)
         lse = mx.logsumexp(logits, -1)
-        return self._sums(logits, lse, targets, weights)
+        means = [logits.mean(-1)] if self.label_smoothing else []
+        best = mx.argmax(logits, -1)
+        return self._sums(lse, targets, weights, _pick(logits, targets), best, *means)
 
     def fused(self, targets: mx.array, weights: mx.array) -> Any:
-        """The same as a function of logits, with a gradient that needs one array of their size."""
+        """The same as a function of logits, with a gradient that needs one array of their size.
+
+        The exponentials are most of its work, so that they are taken once: the gradient has use for
+        the probabilities, and the logarithm of the largest of them gives ``logsumexp``.
+        """
 
         @mx.custom_function
         def loss(logits: mx.array) -> list[mx.array]:
             values = logits.astype(mx.float32)
-            lse = mx.logsumexp(values, -1)
-            return [*self._sums(values, lse, targets, weights), lse]
+            best = mx.argmax(values, -1)
+            looked_up = [_pick(values, best), _pick(values, targets), best]
+            if self.label_smoothing:
+                looked_up.append(values.mean(-1))
+            # Last of what looks at the logits, so that it can take their place in memory.
+            [values] = mx.depends([values], looked_up)
+            probabilities = mx.softmax(values, -1)
+            # At least 1 / classes, whose logarithm is exact to float32 rounding.
+            lse = looked_up[0] - mx.log(_pick(probabilities, best))
+            return [*self._sums(lse, targets, weights, *looked_up[1:]), probabilities, lse]
 
         @loss.vjp
         def gradient(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
             # Last of what looks at the logits: one array of their size fewer at a time, measured.
-            [lse] = mx.depends([outputs[3]], list(outputs[:3]))
-            return self._gradient(logits, lse, targets, weights * cotangents[0])
+            *sums, probabilities, lse = outputs
+            [probabilities] = mx.depends([probabilities], [*sums, lse])
+            found = self._gradient(probabilities, lse, targets, weights * cotangents[0])
+            return found.astype(logits.dtype)
 
         return loss
 
     def _sums(
-        self, logits: mx.array, lse: mx.array, targets: mx.array, weights: mx.array
+        self,
+        lse: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        of_target: mx.array,
+        best: mx.array,
+        mean: mx.array | None = None,
     ) -> TokenSums:
-        nll = lse - mx.take_along_axis(logits, targets[:, None], -1)[:, 0]
+        nll = lse - of_target
         loss = nll
-        if self.label_smoothing:
-            even = lse - logits.mean(-1)
-            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * even
+        if mean is not None:
+            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * (lse - mean)
         if self.z_loss:
             loss = loss + self.z_loss * lse.square()
-        correct = (mx.argmax(logits, -1) == targets).astype(mx.float32)
+        correct = (best == targets).astype(mx.float32)
         return TokenSums(*[long_sum(value * weights) for value in (loss, nll, correct)])
 
     def _gradient(
-        self, logits: mx.array, lse: mx.array, targets: mx.array, weights: mx.array
+        self, probabilities: mx.array, lse: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
-        num_classes = logits.shape[-1]
-        probabilities = mx.exp(logits.astype(mx.float32) - lse[:, None])
+        num_classes = probabilities.shape[-1]
         if self.z_loss:
             probabilities = probabilities * (1 + 2 * self.z_loss * lse)[:, None]
         is_target = mx.arange(num_classes)[None] == targets[:, None]
         share = mx.where(is_target, 1 - self.label_smoothing, 0.0)
         if self.label_smoothing:
             share = share + self.label_smoothing / num_classes
-        return ((probabilities - share) * weights[:, None]).astype(logits.dtype)
+        return (probabilities - share) * weights[:, None]
+
+
+def whole_sums(
+    loss: TokenLoss, logits: mx.array, targets: mx.array, weights: mx.array, trains: bool
+) -> TokenSums:
+    """The sums of ``loss`` over all logits at once, shape (tokens, classes)."""
+    if not trains:
+        return loss.sums(logits, targets, weights)
+    return TokenSums(*loss.fused(targets, weights)(logits)[:3])
 
 
 def chunked_sums(
@@ -172,3 +201,8 @@ def _after(previous: Any, array: mx.array) -> mx.array:
 
 def _added(sums: list[list[mx.array]]) -> TokenSums:
     return TokenSums(*[mx.stack(list(values)).sum() for values in zip(*sums, strict=True)])
+
+
+def _pick(values: mx.array, indices: mx.array) -> mx.array:
+    """One value of each row, shape (rows,)."""
+    return mx.take_along_axis(values, indices[:, None], -1)[:, 0]

@@ -118,7 +118,7 @@ class DPO(Objective):
             )
         return float(batch.tokens.shape[0])
 
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """Nothing is known of the model."""
 
     def prepare(self, model: nn.Module, batch: Any) -> None:

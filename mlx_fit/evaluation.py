@@ -62,7 +62,7 @@ class EvaluationStep:
         self.sums.restart()
         if (now := fingerprint(self.model)) != self._built_for:
             self._built_for = now
-            self._objective.start()
+            self._objective.start(self.model)
             state = [self.model.state, mx.random.state]
             self._batch = Traced(self._evaluate, state, state[1:], self._options.compile)
 
@@ -116,7 +116,7 @@ class EvaluationStep:
         finally:
             self._host_batch = None
 
-    def _evaluate(self, variant: bool, batch: Any) -> Any:
+    def _evaluate(self, variant: Any, batch: Any) -> Any:
         precision = self._options.precision
         with precision.casting(self.model):
             terms = self._objective(self.model, batch)

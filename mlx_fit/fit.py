@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -335,6 +336,10 @@ class Fit:
             CheckpointError: the data cannot tell where it is.
         """
         return self._at.state()
+
+    def telling_of_a_save(self) -> AbstractContextManager[None]:
+        """Callbacks hear of what is written inside, by one of them for instance."""
+        return self._at.telling_of_a_save()
 
     # --- validation -------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_fit.callbacks.base import CallbackList, numbers
@@ -87,6 +88,7 @@ class FitState:
         self.first_step = run.step - step.num_windows
         self.recorder = StepRecorder(history, step, self.first_step)
         self._kept: TrainState | None = None  # between batches: the last safe place
+        self._is_saving = False
         self._trained_at_first = trainable_names(run.model)  # before callbacks freeze or thaw
 
     # --- into a checkpoint ------------------------------------------------------------------------
@@ -160,10 +162,24 @@ class FitState:
         self._check()
         state = self._kept or self.state()
         if (mark := _mark(state)) != self._saver.saved:
-            self._callbacks.call("on_save_begin", {})
-            self._saver.save(state, mark)
-            self._callbacks.call("on_save_end", {})
+            with self.telling_of_a_save():
+                self._saver.save(state, mark)
         self._ending.set_clock(self._saver.due_at)
+
+    @contextmanager
+    def telling_of_a_save(self) -> Iterator[None]:
+        """Callbacks hear of what is written inside, once; its time is none of training's."""
+        if self._is_saving:
+            yield
+            return
+        self._is_saving = True
+        try:
+            with self._run.pace.paused():
+                self._callbacks.call("on_save_begin", {})
+                yield
+        finally:
+            self._is_saving = False
+            self._callbacks.call("on_save_end", {})
 
     def save_end(self) -> None:
         """Save where the fit has ended, and wait until everything is on disk."""

@@ -410,7 +410,7 @@ class Sums:
             for name, value in state.items():
                 start, value = self.layout.start(key, name), value.astype(mx.float32)
                 if value.ndim == 0:
-                    parts.append(mx.where(self.lanes == start, value, 0.0))
+                    parts.append(mx.where(self.lanes == FIRST_LANE + start, value, 0.0))
                 else:
                     padding = (start, self.capacity - start - value.size)
                     parts.append(mx.pad(value.reshape(-1), padding))
@@ -448,8 +448,14 @@ class Sums:
                     self.totals[start : start + size] = old[source : source + size]
 
 
+# MLX (0.32.4) names a compiled kernel by its constants' digits, nothing between them, and keeps it
+# for other processes: lane 13 with weight 3 got the kernel of lane 1 with weight 33. So all lanes
+# have six digits.
+FIRST_LANE = 100_000
+
+
 def _lanes(capacity: int) -> mx.array:
-    lanes = mx.arange(capacity)
+    lanes = mx.arange(FIRST_LANE, FIRST_LANE + capacity)
     mx.eval(lanes)  # a lazy array could be used by this thread only
     return lanes
 

@@ -89,10 +89,11 @@ class Objective(ABC):
     """What a trainer minimises.
 
     Attributes:
-        variant: what a trace depends on beside shapes; :meth:`host_weight` sets it for its batch.
+        variant: what a trace depends on beside shapes, a constant that can be hashed;
+            :meth:`host_weight` sets it for its batch.
     """
 
-    variant: bool
+    variant: Any
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
@@ -109,7 +110,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """A new run: forget what earlier traces told of the model."""
 
     @abstractmethod
@@ -174,7 +175,7 @@ class FunctionObjective(Objective):
         """Unknown: the function may return :class:`Sums` that are weighed on the device."""
         return None
 
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """Nothing is known of the model."""
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
@@ -300,7 +301,7 @@ class Supervised(Objective):
         (terms.rows if metric.collects else terms.states)[key] = state
         terms.computes[key] = metric.compute
 
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """The model may have another number of classes now."""
         self._num_classes = {}
 

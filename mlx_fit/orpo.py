@@ -61,7 +61,7 @@ class ORPO(Objective):
         """The number of pairs."""
         return float(as_pairs(batch).tokens.shape[0])
 
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """Nothing is known of the model."""
 
     def prepare(self, model: nn.Module, batch: Any) -> None:

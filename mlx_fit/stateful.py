@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -102,7 +103,11 @@ class Stateful(ABC):
             names = trainable_names(self.model)
             state = replace(last, trainer=self.state_dict(), trainable=names)
         folder = folder_path(path)
-        on_first(self.communicator, lambda: write_folder(folder, take_snapshot(state), {}))
+        with self._telling_of_a_save():
+            on_first(self.communicator, lambda: write_folder(folder, take_snapshot(state), {}))
+
+    def _telling_of_a_save(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._fit is None else self._fit.telling_of_a_save()
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` or ``fit(checkpoint_dir=...)`` wrote: all of it, or nothing.
@@ -136,7 +141,8 @@ class Stateful(ABC):
             CheckpointWriteError: writing failed; an earlier file is untouched.
         """
         path = weights_path(path)
-        on_first(self.communicator, lambda: save_weights(path, cast("Run", self)))
+        with self._telling_of_a_save():
+            on_first(self.communicator, lambda: save_weights(path, cast("Run", self)))
 
     def load_weights(self, path: str | Path, strict: bool = True) -> None:
         """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.

@@ -79,7 +79,7 @@ class TrainStep(StepState):
 
     def _build(self) -> None:
         check_trained(self.model)
-        self.objective.start()
+        self.objective.start(self.model)
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
         self._built_for = self._fingerprint()
@@ -278,7 +278,7 @@ class TrainStep(StepState):
 
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
-    def _update_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
+    def _update_from(self, variant: Any, batch: Any, window: list[Any]) -> Any:
         """Gradients and update in one function: a window of one batch.
 
         ``variant`` is here for MLX, which compiles anew for each value of a Python argument.
@@ -292,7 +292,7 @@ class TrainStep(StepState):
         results = window, self._updates.pack(terms, entries), terms.rows
         return (*results, gradients) if self.options.on_oom == "split" else results
 
-    def _accumulate_from(self, variant: bool, batch: Any, window: list[Any]) -> Any:
+    def _accumulate_from(self, variant: Any, batch: Any, window: list[Any]) -> Any:
         """Add a batch's gradients, times their weight, to a window ``[gradients, weight, bad]``."""
         terms, gradients, is_good = self._gradients(batch)
         weight = mx.array(terms.weight, mx.float32)

@@ -239,3 +239,20 @@ def test_a_metric_may_count_in_integers(rng):
     x, y = rng.normal(size=(10, 4)).astype(np.float32), rng.normal(size=(10, 1))
     trainer = Trainer(nn.Linear(4, 1), optim.SGD(0.1), "mse", [Rows()], batch_size=4)
     assert trainer.evaluate((x, y), verbose=0)["rows"] == 10
+
+
+def test_kernels_of_other_lanes_and_weights_are_not_mistaken():
+    """MLX names kernels by digits: 1 and 33 are 13 and 3 to it."""
+
+    def packed(count, lanes):
+        sums = Sums()
+
+        def pack(x):
+            states = {f"k{i}": {"sum": x, "weight": mx.array(float(count))} for i in range(lanes)}
+            return sums.pack(states, dict.fromkeys(states, divide))
+
+        compiled = mx.compile(pack)
+        return sums.growing(lambda: compiled(mx.array(0.5)))[: 2 * lanes].tolist()
+
+    for count, lanes in ((33, 1), (3, 7), (12, 1), (2, 6)):
+        assert packed(count, lanes) == [0.5, float(count)] * lanes

@@ -14,8 +14,14 @@ ROWS, TOKENS = 4, 400  # that are shown
 TARGET = "bold green"
 
 
-def print_batch(batch: TextBatch, tokenizer: Any) -> None:
-    """Print the first rows of a batch: targets in colour, or in >> << where there is none."""
+def print_batch(batch: TextBatch, tokenizer: Any, kinds: tuple[str, ...] = ("",)) -> None:
+    """Print the first rows of a batch: targets in colour, or in >> << where there is none.
+
+    Args:
+        batch: the batch.
+        tokenizer: makes text of it.
+        kinds: what the rows are, in turn.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -27,7 +33,7 @@ def print_batch(batch: TextBatch, tokenizer: Any) -> None:
     console.print(f"The first batch: {rows} rows of {width} tokens; targets {marks}.")
     for row in range(min(rows, ROWS)):
         length = int(np.count_nonzero(np.asarray(batch.segments)[row]))
-        text = Text(f"{row + 1}. ")
+        text = Text(f"{row // len(kinds) + 1}. {kinds[row % len(kinds)]}")
         for learned, piece in pieces(tokens[row, :length], targets[row, :length], tokenizer):
             if not has_colour and learned:
                 piece = f">>{piece}<<"

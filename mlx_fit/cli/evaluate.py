@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = require_part(settings, loaded.tokenizer, settings.split)
     objective = CausalLM(chunk_size=choose_chunk(loaded.model, settings.chunk_size))
     trainer = Trainer(loaded.model, objective=objective)
-    found = trainer.evaluate(held_out_batches(rows, settings), steps=settings.batches, verbose=0)
+    found = trainer.evaluate(
+        held_out_batches(rows, loaded.model, settings), steps=settings.batches, verbose=0
+    )
     if settings.json:
         print(json.dumps({key: found[key] for key in ("loss", "perplexity", "num_tokens")}))
         return 0

@@ -18,15 +18,19 @@ from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.cli.best_adapters import MONITOR, BestAdapters
 from mlx_fit.cli.dry_run import print_batch
 from mlx_fit.cli.language_models import Loaded, load_model
+from mlx_fit.cli.preferences import as_text, takes_pairs
 from mlx_fit.cli.settings import toml_text
 from mlx_fit.cli.text_data import check_data, find_file, require_part, train_and_valid
 from mlx_fit.cli.training import (
     choose_what_trains,
     count_steps,
+    describe_objective,
+    describe_rows,
     held_out_batches,
     make_batches,
     make_objective,
     make_optimizer,
+    make_router_loss,
 )
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.history import History
@@ -68,18 +72,23 @@ class FineTuning:
         if settings.test and find_file(settings.data, "test") is None:
             raise ConfigurationError(f"--test: {settings.data} has no test.jsonl.")
         self._loaded: Loaded = load_model(settings)
-        train, valid, self._rows = train_and_valid(settings, self._loaded.tokenizer)
+        self._pairs = takes_pairs(settings)
+        train, valid, self._rows = train_and_valid(settings, self._loaded.tokenizer, self._pairs)
         self._num_train = len(train)
-        self._batches = make_batches(train, settings)
-        self._valid = (
-            held_out_batches(valid, settings) if valid is not None and len(valid) else None
-        )
-        if settings.patience is not None and self._valid is None:
+        has_valid = valid is not None and len(valid)
+        if settings.patience is not None and not has_valid:
             raise ConfigurationError("--patience needs validation data: valid.jsonl, or a split.")
         self._model = self._loaded.model
         choose_what_trains(self._model, settings)
+        self._batches = make_batches(train, self._model, settings)
+        self._valid = held_out_batches(valid, self._model, settings) if has_valid else None
+        self._test_batches: Any = None
+        if settings.test:  # now: the model as it begins may be the reference of pairs
+            rows = require_part(settings, self._loaded.tokenizer, "test", self._pairs)
+            self._test_batches = held_out_batches(rows, self._model, settings)
         self._epochs, self._steps = count_steps(settings, len(self._batches))
-        self._objective = make_objective(self._model, settings)
+        self._router_loss = make_router_loss(self._model, settings)
+        self._objective = make_objective(self._model, settings, self._router_loss)
         self._every = min(settings.eval_every, self._steps)
         self._trainer = Trainer(
             self._model,
@@ -95,11 +104,13 @@ class FineTuning:
         self._contexts = ExitStack()
 
     def __enter__(self) -> FineTuning:
-        """The model recomputes blocks and has noisy embeddings inside, where asked for."""
+        """Blocks are recomputed, embeddings noisy, routers listened to inside, where asked for."""
         if self._settings.checkpoint_layers:
             self._contexts.enter_context(finetune.checkpoint_layers(self._model))
         if self._settings.neftune is not None:
             self._contexts.enter_context(finetune.neftune(self._model, self._settings.neftune))
+        if self._router_loss is not None:
+            self._contexts.enter_context(self._router_loss)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -109,15 +120,14 @@ class FineTuning:
         """What trains, what the data is, what memory a step takes, how long the run is."""
         settings = self._settings
         print(finetune.statistics(self._model, self._trainer.optimizer), end="\n\n")
-        print(self._rows.report(settings.batch_size, settings.max_shapes), end="\n\n")
+        print(describe_rows(self._rows, settings), end="\n\n")
         if settings.plan:
             print(self._trainer.plan(next(iter(self._batches))), end="\n\n")
-        chunk = self._objective.chunk_size
         print(
             f"{self._num_train:,} rows in {len(self._batches):,} batches an epoch; {self._steps:,} "
             f"updates of {settings.gradient_accumulation} x {settings.batch_size} rows, "
             f"{self._epochs} epoch{'s' if self._epochs > 1 else ''}; "
-            + (f"logits of {chunk} tokens at a time." if chunk else "all logits at once.")
+            f"{describe_objective(self._objective, self._model, settings)}."
         )
         if self._valid is None:
             print("No validation data: the last weights are kept, not the best.")
@@ -127,7 +137,11 @@ class FineTuning:
 
     def print_batch(self) -> None:
         """The first batch as text."""
-        print_batch(next(iter(self._batches)), self._loaded.tokenizer)
+        batch, tokenizer = next(iter(self._batches)), self._loaded.tokenizer
+        if self._pairs:
+            print_batch(as_text(batch), tokenizer, ("chosen: ", "rejected: "))
+        else:
+            print_batch(batch, tokenizer)
 
     def train(self) -> History:
         """Fit, keep the best, and say what came of it.
@@ -200,12 +214,14 @@ class FineTuning:
 
     def _test(self) -> None:
         """Evaluate the best weights on the test rows."""
-        settings = self._settings
-        rows = require_part(settings, self._loaded.tokenizer, "test")
         finetune.load_adapters(self._model, self._directory)
-        found = self._trainer.evaluate(
-            held_out_batches(rows, settings), steps=settings.test_batches
-        )
+        found = self._trainer.evaluate(self._test_batches, steps=self._settings.test_batches)
+        if self._pairs:
+            print(
+                f"test: loss {found['loss']:.4f}, rewards/margins {found['rewards/margins']:.4f}, "
+                f"rewards/accuracies {found['rewards/accuracies']:.4f}"
+            )
+            return
         print(
             f"test: loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}, "
             f"{found['num_tokens']:,.0f} tokens"

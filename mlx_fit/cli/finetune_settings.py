@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fit.cli.mlx_lm_config import read_mlx_lm
+from mlx_fit.cli.preferences import SETTINGS as OBJECTIVE_SETTINGS
+from mlx_fit.cli.preferences import check_objective
 from mlx_fit.cli.settings import Setting, read_toml, resolve
 from mlx_fit.errors import ConfigurationError
 
@@ -87,10 +89,13 @@ SETTINGS = (
     Setting("epochs", int, None, "passes over the data, instead of --max-steps", least=1),
     Setting("gradient_accumulation", int, 1, "batches to an update", least=1),
     Setting("clip_norm", float, None, "largest norm of the gradient"),
+    *OBJECTIVE_SETTINGS,
     Setting("label_smoothing", float, 0.0, "share of a target that is spread", least=0.0),
     Setting("z_loss", float, 0.0, "factor of logsumexp squared", least=0.0),
     Setting("chunk_size", int, None, "tokens whose logits are in memory; 0: all; default: 128 if "
             "the model's head can be told from its body", least=0),
+    Setting("router_loss_weight", float, 0.0, "factor of the load-balancing loss of a mixture of "
+            "experts (0.01 in the paper)", least=0.0),
     Setting("neftune", float, None, "noise on embeddings (5 in the paper)"),
     Setting("checkpoint_layers", bool, False, "recompute blocks to save memory"),
     Setting("eval_every", int, 200, "updates between evaluations", least=1),
@@ -126,6 +131,12 @@ def read_settings(arguments: argparse.Namespace) -> argparse.Namespace:
         if getattr(settings, required) is None:
             raise ConfigurationError(f"--{required} is missing.")
     _choose_method(settings, given, {key for key in given if key in vars(arguments)})
+    check_objective(settings)
+    if settings.router_loss_weight and settings.checkpoint_layers:
+        raise ConfigurationError(
+            "--router-loss-weight and --checkpoint-layers exclude each other: what a router says "
+            "inside a recomputed block cannot be looked at from outside."
+        )
     if settings.lr_schedule is not None and given & {"schedule", "warmup_steps"}:
         raise ConfigurationError("lr_schedule and schedule or warmup_steps: give one of them.")
     if settings.epochs is not None and "max_steps" not in given:

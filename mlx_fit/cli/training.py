@@ -16,11 +16,20 @@ from mlx_fit import finetune
 from mlx_fit._tree import assign, named_arrays
 from mlx_fit.causal_lm import CausalLM
 from mlx_fit.cli.language_models import import_mlx_lm
+from mlx_fit.cli.preferences import (
+    describe_loss,
+    describe_pairs,
+    make_pair_objective,
+    pair_batches,
+    takes_pairs,
+)
 from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
 from mlx_fit.finetune.blocks import listed, require_blocks
+from mlx_fit.finetune.routers import RouterLoss
+from mlx_fit.objective import Objective
 from mlx_fit.schedules import constant_warmup, warmup_cosine, warmup_linear
 from mlx_fit.state import read_arrays
-from mlx_fit.text import BucketBatches, PackedBatches
+from mlx_fit.text import BucketBatches, PackedBatches, PreferenceDataset, TextDataset
 
 LARGE_VOCABULARY = 16_384  # from here on whole logits cost more than the rest
 CHUNK = 128  # tokens: LoRA's peak is 0.30 of that with whole logits (benchmarks/chunked_loss.py)
@@ -89,16 +98,27 @@ def _start_from(model: nn.Module, path: Path) -> None:
     assign(model, [(name, arrays[name].astype(own[name].dtype)) for name in own])
 
 
-def make_batches(rows: Any, settings: argparse.Namespace) -> Any:
+def make_batches(rows: Any, model: nn.Module, settings: argparse.Namespace) -> Any:
     """The loader of training batches."""
+    if isinstance(rows, PreferenceDataset):
+        return pair_batches(rows, model, settings, shuffle=True)
     if settings.pack is not None:
         return PackedBatches(rows, settings.batch_size, settings.pack, seed=settings.seed)
     return BucketBatches(rows, settings.batch_size, settings.max_shapes, seed=settings.seed)
 
 
-def held_out_batches(rows: Any, settings: argparse.Namespace) -> BucketBatches:
+def held_out_batches(rows: Any, model: nn.Module, settings: argparse.Namespace) -> Any:
     """The loader of validation or test batches: the same ones each time."""
+    if isinstance(rows, PreferenceDataset):
+        return pair_batches(rows, model, settings, shuffle=False)
     return BucketBatches(rows, settings.batch_size, settings.max_shapes, shuffle=False, seed=0)
+
+
+def describe_rows(rows: TextDataset | PreferenceDataset, settings: argparse.Namespace) -> str:
+    """What was read, and how it pads."""
+    if isinstance(rows, PreferenceDataset):
+        return describe_pairs(rows)
+    return str(rows.report(settings.batch_size, settings.max_shapes))
 
 
 def count_steps(settings: argparse.Namespace, num_batches: int) -> tuple[int, int]:
@@ -160,10 +180,28 @@ def _of_mlx_lm(config: dict[str, Any]) -> Any:
         ) from error
 
 
-def make_objective(model: nn.Module, settings: argparse.Namespace) -> CausalLM:
-    """The loss, in chunks where the vocabulary is large and the model allows it."""
+def make_router_loss(model: nn.Module, settings: argparse.Namespace) -> RouterLoss | None:
+    """The load-balancing loss of a mixture of experts, where it is wanted."""
+    weight = settings.router_loss_weight
+    return RouterLoss(model, weight) if weight else None
+
+
+def make_objective(
+    model: nn.Module, settings: argparse.Namespace, router_loss: RouterLoss | None
+) -> Objective:
+    """The loss: of pairs, or of the next token, in chunks where the vocabulary is large."""
+    if takes_pairs(settings):
+        return make_pair_objective(model, settings)
     chunk = choose_chunk(model, settings.chunk_size)
-    return CausalLM(settings.label_smoothing, settings.z_loss, chunk)
+    return CausalLM(settings.label_smoothing, settings.z_loss, chunk, router_loss)
+
+
+def describe_objective(objective: Objective, model: nn.Module, settings: argparse.Namespace) -> str:
+    """The loss in a few words."""
+    if not isinstance(objective, CausalLM):
+        return describe_loss(settings, model)
+    chunk = objective.chunk_size
+    return f"logits of {chunk} tokens at a time" if chunk else "all logits at once"
 
 
 def choose_chunk(model: nn.Module, wanted: int | None) -> int | None:

@@ -11,6 +11,7 @@ from mlx_fit.finetune.heads import Embedder, InfoNCE, SequenceClassifier, pad_to
 from mlx_fit.finetune.lora import apply_lora
 from mlx_fit.finetune.merging import Adapters, attach, detach, disabled, fuse, merge, unmerge
 from mlx_fit.finetune.rates import lora_plus
+from mlx_fit.finetune.routers import RouterLoss
 from mlx_fit.finetune.select import select
 from mlx_fit.finetune.statistics import Statistics, statistics
 
@@ -18,6 +19,7 @@ __all__ = [
     "Adapters",
     "Embedder",
     "InfoNCE",
+    "RouterLoss",
     "SequenceClassifier",
     "Statistics",
     "apply_lora",

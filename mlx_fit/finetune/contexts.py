@@ -52,7 +52,7 @@ def checkpoint_layers(model: nn.Module) -> Iterator[None]:
             "checkpoint_layers() can repeat the draws of nn.Dropout alone, not of "
             f"{listed(random)}."
         )
-    with _calling([*blocks.modules], _recomputed):
+    with calling([*blocks.modules], _recomputed):
         yield
 
 
@@ -90,12 +90,12 @@ def neftune(model: nn.Module, alpha: float = 5.0) -> Iterator[None]:
         size = alpha / math.sqrt(embedded.shape[-2] * embedded.shape[-1])
         return embedded + mx.random.uniform(-size, size, embedded.shape).astype(embedded.dtype)
 
-    with _calling([tables[0][1]], noisy):
+    with calling([tables[0][1]], noisy):
         yield
 
 
 @contextmanager
-def _calling(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+def calling(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
     """Modules whose calls go to ``call(their class, module, *args)`` inside."""
     originals = [(module, type(module)) for module in {id(m): m for m in modules}.values()]
 
@@ -133,7 +133,7 @@ def _recomputed(kind: type, block: Any, *args: Any, **kwargs: Any) -> Any:
             given[position] = value
         options.update(zip(keys, named, strict=True))
         assign(block, zip(names, parameters, strict=True))
-        with _calling(dropouts, _keyed_dropout(key)):
+        with calling(dropouts, _keyed_dropout(key)):
             return kind.__call__(block, *given, **options)
 
     try:

@@ -6,6 +6,7 @@ text.planning, text.rows, text.sources, text.tally, text.tokenizer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -149,6 +150,13 @@ class PreferenceDataset:
             f"PreferenceDataset({self.name}, {len(self)} of {self.num_read} rows, "
             f"{self.cut.count} cut, {self.dropped.count} dropped, {self.skipped.count} bad)"
         )
+
+    def between(self, start: int, stop: int) -> PreferenceDataset:
+        """A data set of the rows from ``start`` to ``stop``, which share what was read."""
+        part = copy.copy(self)
+        part._pairs, part._numbers = self._pairs[start:stop], self._numbers[start:stop]
+        part.lengths = self.lengths[start:stop]
+        return part
 
     def row_name(self, index: int) -> str:
         """What row ``index`` is called where it was read."""

@@ -27,6 +27,8 @@ def config(folder, text, name="a.toml"):
 
 VALUES = {str: "x", int: 32, float: 0.5, bool: True, list: ["q_proj"], dict: {"beta": 0.5}}
 
+TOGETHER = {"head": {"last_layers": 1}, "beta": {"objective": "dpo"}}
+
 
 def value_of(setting):
     if setting.name == "last_layers":
@@ -36,7 +38,7 @@ def value_of(setting):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_every_setting_can_stand_in_a_toml_file(setting, tmp_path):
-    needed = {"model": "m", "data": "d"} | ({"last_layers": 1} if setting.name == "head" else {})
+    needed = {"model": "m", "data": "d"} | TOGETHER.get(setting.name, {})
     written = needed | {setting.name: value_of(setting)}
     text = toml_text(written)
     dashed = text.replace(f"{setting.name} =", f"{setting.name.replace('_', '-')} =")
@@ -53,7 +55,8 @@ def test_every_setting_but_tables_is_a_flag(setting):
     value = ",".join(value) if setting.kind is list else str(value)
     flag = f"--{setting.name.replace('_', '-')}"
     given = [flag] if setting.kind is bool else [flag, value]
-    extra = ["--last-layers", "1"] if setting.name == "head" else []
+    together = TOGETHER.get(setting.name, {}).items()
+    extra = [word for key, value in together for word in (f"--{key.replace('_', '-')}", str(value))]
     assert getattr(settings(*NEEDED, *extra, *given), setting.name) == value_of(setting)
 
 

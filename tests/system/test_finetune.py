@@ -104,7 +104,7 @@ def test_a_mixture_of_experts_is_adapted_by_expert(tmp_path):
     np.testing.assert_allclose(logits(other), logits(model), atol=1e-5)
     expected = logits(model)
     finetune.merge(model)
-    np.testing.assert_allclose(logits(model), expected, atol=1e-4)
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_b_learns_faster_with_rates_of_its_own():

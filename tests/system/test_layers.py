@@ -47,7 +47,7 @@ LAYERS = [
     {
         *("runtime", "state", "losses", "metrics", "schedules", "precision", "history"),
         *("data.order", "gradients", "weighting", "datasets", "rates", "modes", "trainable"),
-        *("chunked_loss", "body_head"),
+        *("chunked_loss", "counted", "body_head"),
     },
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
