@@ -52,6 +52,8 @@ class Fault(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
         elif self.fault == "raise":
             raise ValueError("the fault of the soak")
+        elif self.fault == "memory":
+            raise RuntimeError("[malloc] Unable to allocate 9000 bytes.")
         elif self.fault == "nan":
             trainer.model.layers[0].weight = trainer.model.layers[0].weight * mx.nan
         elif self.fault == "slow":

@@ -2,8 +2,8 @@
 
 python tests/soak_ranks.py --rounds 100 [--seed 0], or ``make soak-ranks``. A lost, frozen or cut
 off rank is followed by a restart, which must end with the bits of a run without any fault; so must
-a run that goes on after SIGTERM. An exception, NaN and a full disk end all ranks with exit code 1
-and leave checkpoints from which a run goes on to the same bits.
+a run that goes on after SIGTERM. An exception, a lack of memory, NaN and a full disk end all
+ranks with exit code 1 and leave checkpoints from which a run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FAULTS = {
     "cut": 0,
     "slow": 0,
     "raise": 1,
+    "memory": 1,
     "nan": 1,
     "full": 1,
     "term": 143,
