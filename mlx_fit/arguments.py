@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -12,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.communicator import ALONE
 from mlx_fit.data.arrays import is_array
 from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
@@ -182,9 +181,7 @@ def weights_path(path: str | Path) -> Path:
     Raises:
         ConfigurationError: it has another suffix than ``.safetensors``.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigurationError(f"path={path!r}; expected the name of a .safetensors file.")
-    path = Path(path)
+    path = path_of("path", path)
     if path.suffix != ".safetensors":
         raise ConfigurationError(
             f"{path} has the suffix {path.suffix!r}; weights are written as .safetensors."
@@ -198,9 +195,7 @@ def folder_path(path: str | Path) -> Path:
     Raises:
         ConfigurationError: it is no path, or that of a weights file.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigurationError(f"path={path!r}; expected the name of a folder.")
-    path = Path(path)
+    path = path_of("path", path)
     if path.suffix == ".safetensors":
         raise ConfigurationError(
             f"{path} is the name of a weights file, and everything goes into a folder. For weights "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from mlx_fit.errors import ConfigurationError
@@ -48,3 +50,26 @@ def boolean(name: str, value: Any) -> bool:
     if value is not True and value is not False:
         raise ConfigurationError(f"{name}={value!r}; expected True or False.")
     return value
+
+
+def path_of(name: str, value: Any) -> Path:
+    """``value``, a string or a path, as a path.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise ConfigurationError(f"{name}={value!r:.80}; expected a path, as a string or a Path.")
+    return Path(value)
+
+
+def file_of(name: str, value: Any) -> Path:
+    """``value`` as the path of a file that is there, or can be made.
+
+    Raises:
+        ConfigurationError: it is no path, or that of a folder.
+    """
+    path = path_of(name, value)
+    if path.is_dir():
+        raise ConfigurationError(f"{name}={str(path)!r} is a folder; expected the path of a file.")
+    return path

@@ -241,6 +241,41 @@ def join_sums(ranks: Communicator, sums: Sums) -> None:
     join_rows(ranks, sums)
 
 
+def open_window_of_all(ranks: Communicator, window: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The sums over the ranks of windows that wait for their update, by name.
+
+    Args:
+        ranks: the ranks.
+        window: this rank's sums, weights and counts; empty where it has had no samples.
+    """
+    if ranks.size == 1:
+        return window
+    shapes = first_known(ranks, {name: [*array.shape] for name, array in window.items()} or None)
+    if shapes is None:
+        return {}
+    arrays = [window.get(name, mx.zeros(shape, mx.float32)) for name, shape in shapes.items()]
+    return dict(zip(shapes, ranks.sum(arrays), strict=True))
+
+
+def open_sums_of_all(ranks: Communicator, sums: Sums) -> dict[str, Any]:
+    """What sums of an epoch hold, a window included that waits for the other ranks."""
+    found = sums.state_dict()
+    if ranks.size == 1:
+        return found
+    own = sum((np.array(sums.pad(vector), np.float64) for vector in sums.open), np.zeros(1))
+    known = [each for each in gather(ranks, [own, found["slices"]], "sums") if each[1]]
+    if known:
+        sizes = [len(found["totals"]), *(vector.size for vector, _ in known)]
+        totals = np.zeros(max(sizes))
+        totals[: sizes[0]] = found["totals"]
+        for vector, _ in known:
+            totals[: vector.size] += vector
+        found |= {"totals": totals.tolist(), "slices": known[0][1]}
+    if not sums.rows.is_joined:
+        found["rows"] = rows_of_all(ranks, found["rows"])
+    return found
+
+
 # --- the update, which all ranks make together ----------------------------------------------------
 
 
@@ -277,12 +312,17 @@ class Exchange(Protocol):
 
     Attributes:
         votes: what this rank asks for; it goes along with every window.
+        rank: this process's.
     """
 
     votes: Votes
+    rank: int
 
     def begin(self, model: nn.Module, number: int) -> None:
         """A window begins: the ``number``-th, from 0."""
+
+    def gather_number(self, number: int) -> list[int]:
+        """A number of every rank, by rank; collective."""
 
     def close(self, model: nn.Module, window: list[Any], sums: Sums, number: int) -> Shared:
         """Put the parts of all ranks together; collective.

@@ -5,11 +5,13 @@ May import: ``compiled``, ``objective``, ``options``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState
 from mlx_fit.batch import TextBatch, describe, signature, to_mlx, unpack
@@ -38,10 +40,15 @@ def _inputs(batch: Any) -> Any:
 
 
 class EvaluationStep:
-    """One batch of evaluation: nothing is updated, the sums are the only result."""
+    """One batch of evaluation: nothing is updated, the sums are the only result.
+
+    Attributes:
+        guard: called with each batch of a new shape before anything is computed; may raise.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective, options: StepOptions) -> None:
         self.sums = Sums()
+        self.guard: Callable[[Any], None] | None = None
         self.is_running = False  # an evaluation inside an evaluation needs sums of its own
         self.model = model
         self._objective = objective
@@ -100,6 +107,8 @@ class EvaluationStep:
         self._host_batch = host_batch
         warn_of_many_shapes(self._shapes, key[0], batch)
         try:
+            if self.guard is not None:
+                self.guard(host_batch)
             return self.sums.growing(lambda: self._batch(key, key[1], batch))
         except Exception as error:
             error.add_note(f"In the evaluation step, for the batch {describe(batch)}.")
@@ -117,9 +126,14 @@ class EvaluationStep:
 
 
 class PredictionStep:
-    """The model's outputs for one batch of inputs, floats as float32."""
+    """The model's outputs for one batch of inputs, floats as float32.
+
+    Attributes:
+        guard: called with the inputs of each batch of a new shape before anything is computed.
+    """
 
     def __init__(self, model: nn.Module, options: StepOptions) -> None:
+        self.guard: Callable[[Any], None] | None = None
         self.model = model
         self._options = options
         self._built_for: Any = None
@@ -134,9 +148,11 @@ class PredictionStep:
     def __call__(self, host_batch: Any) -> Any:
         """Outputs, a tree of evaluated MLX arrays. Targets and weights are ignored."""
         x = to_mlx(_inputs(host_batch))
-        random_state = RandomState()
+        key, random_state = signature(x), RandomState()
         try:
-            outputs = self._batch(signature(x), x)
+            if self.guard is not None and key not in self._batch.seen:
+                self.guard((x,))
+            outputs = self._batch(key, x)
             try:
                 mx.eval(outputs)  # host synchronisation
             except RuntimeError as error:
@@ -148,6 +164,17 @@ class PredictionStep:
             random_state.restore()
         return outputs
 
+    def on_host(self, host_batch: Any) -> Any:
+        """The same as NumPy arrays."""
+        return tree_map(_to_numpy, self(host_batch))
+
     def _predict(self, x: Any) -> Any:
         with self._options.precision.casting(self.model):
             return float32(forward(self.model, x))
+
+
+def _to_numpy(leaf: Any) -> Any:
+    """An output on the host; bfloat16, which NumPy does not have, as float32; None stays."""
+    if not isinstance(leaf, mx.array):
+        return leaf
+    return np.array(leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf)

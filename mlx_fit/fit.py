@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlx_fit.resuming import Resumption
 from mlx_fit.runtime.watch import MemoryWatch
 from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption
-from mlx_fit.splitting import Splitter, SplittingStep
+from mlx_fit.splitting import Splitters, SplittingStep
 from mlx_fit.state import TrainState
 from mlx_fit.step import TrainStep
 
@@ -42,7 +43,7 @@ class Fit:
         saver: writes checkpoints, or None.
         resumption: where to go on from, or None.
         splitters: decide on micro-batches of training and of validation where memory does not
-            suffice; None raises then.
+            suffice.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class Fit:
         interruption: Interruption,
         saver: Saver | None,
         resumption: Resumption | None,
-        splitters: tuple[Splitter, Splitter] | None,
+        splitters: Splitters,
     ) -> None:
         self._run = run
         self._schedule = given.schedule
         self._step = step
-        self._taking: Step = step if splitters is None else SplittingStep(step, splitters[0])
-        self._evaluation_splitter = None if splitters is None else splitters[1]
+        splitter = splitters.training
+        self._taking: Step = step if splitter is None else SplittingStep(step, splitter)
+        self._evaluation_splitter = splitters.evaluation
         self._memory = MemoryWatch()
         self._feed = given.feed
         self._weigh = given.weigh
@@ -334,6 +336,10 @@ class Fit:
             CheckpointError: the data cannot tell where it is.
         """
         return self._at.state()
+
+    def telling_of_a_save(self) -> AbstractContextManager[None]:
+        """Callbacks hear of what is written inside, by one of them for instance."""
+        return self._at.telling_of_a_save()
 
     # --- validation -------------------------------------------------------------------------------
 

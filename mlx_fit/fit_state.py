@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_fit.callbacks.base import CallbackList, numbers
-from mlx_fit.communicator import rows_of_all
+from mlx_fit.communicator import open_sums_of_all, open_window_of_all
 from mlx_fit.data.feed import Feed
 from mlx_fit.ending import Ending
 from mlx_fit.errors import (
@@ -87,6 +88,7 @@ class FitState:
         self.first_step = run.step - step.num_windows
         self.recorder = StepRecorder(history, step, self.first_step)
         self._kept: TrainState | None = None  # between batches: the last safe place
+        self._is_saving = False
         self._trained_at_first = trainable_names(run.model)  # before callbacks freeze or thaw
 
     # --- into a checkpoint ------------------------------------------------------------------------
@@ -127,21 +129,13 @@ class FitState:
             {**run.state_dict(), "num_passes": num_passes},
             trainable_names(run.model),
             position,
-            step.open_window(),
-            self._sums() if is_inside else None,
+            open_window_of_all(self._ranks, step.open_window()) if step.window_open else {},
+            open_sums_of_all(self._ranks, step.sums) if is_inside else None,
             self._callbacks.state_dict(),
             self._history.state_dict(),
             dict(run.info.arguments),
             self._newest_values(),
         )
-
-    def _sums(self) -> dict[str, Any]:
-        """What the epoch has counted, on all ranks."""
-        sums = self._step.sums
-        found = sums.state_dict()
-        if not sums.rows.is_joined:
-            found["rows"] = rows_of_all(self._ranks, found["rows"])
-        return found
 
     def _newest_values(self) -> dict[str, Any]:
         """What is known of the weights as they are, to find the best checkpoint by."""
@@ -168,10 +162,24 @@ class FitState:
         self._check()
         state = self._kept or self.state()
         if (mark := _mark(state)) != self._saver.saved:
-            self._callbacks.call("on_save_begin", {})
-            self._saver.save(state, mark)
-            self._callbacks.call("on_save_end", {})
+            with self.telling_of_a_save():
+                self._saver.save(state, mark)
         self._ending.set_clock(self._saver.due_at)
+
+    @contextmanager
+    def telling_of_a_save(self) -> Iterator[None]:
+        """Callbacks hear of what is written inside, once; its time is none of training's."""
+        if self._is_saving:
+            yield
+            return
+        self._is_saving = True
+        try:
+            with self._run.pace.paused():
+                self._callbacks.call("on_save_begin", {})
+                yield
+        finally:
+            self._is_saving = False
+            self._callbacks.call("on_save_end", {})
 
     def save_end(self) -> None:
         """Save where the fit has ended, and wait until everything is on disk."""
@@ -231,8 +239,14 @@ class FitState:
         """What became of weights and optimizer state, in a sentence."""
         newest = None if self._saver is None else self._saver.newest
         if not self._step.is_whole:
-            where = "a checkpoint" if newest is None else str(newest)
-            return f"Weights and optimizer state may be half updated: go on from {where}."
+            left = "Weights and optimizer state may be half updated"
+            if newest is not None:
+                return f"{left}: go on from {newest}."
+            next_time = "" if self._saver is not None else ", with checkpoint_dir= to have one then"
+            return (
+                f"{left}, and no checkpoint was written to go on from: start with a new model and "
+                f"optimizer{next_time}."
+            )
         saved = "" if newest is None else f"; the newest checkpoint is {newest}"
         return f"Weights and optimizer state are those of step {self._run.step}{saved}."
 
@@ -262,10 +276,10 @@ class FitState:
             # Another batch size gives another number: then the last window closes with the data.
             num_batches = None if resumption.is_rebatched else run.info.steps_per_epoch
             self._step.start_epoch(num_batches)
-            sums = state.sums
-            if sums is not None and self._ranks.rank:
-                sums = sums | {"rows": {}}  # rank 0 has them
-            self._step.load_state_dict(position["step"], sums, state.window)
+            sums, window = state.sums, state.window
+            if self._ranks.rank:  # rank 0 has what all had
+                sums, window = None if sums is None else sums | {"rows": {}}, {}
+            self._step.load_state_dict(position["step"], sums, window)
         self.recorder.load_state_dict(position["recorder"])
         self.validated, self.validated_at = position["validated"], position["validated_at"]
         self.logs = position["logs"]

@@ -16,8 +16,13 @@ from mlx_fit.sums import long_sum
 
 def global_norm(gradients: Any) -> mx.array:
     """The L2 norm over all gradients, a float32 scalar."""
-    squares = [long_sum(g.astype(mx.float32).square()) for _, g in named_arrays(gradients)]
+    squares = [_sum_of_squares(g) for _, g in named_arrays(gradients)]
     return mx.sqrt(sum(squares[1:], squares[0])) if squares else mx.array(0.0)
+
+
+def _sum_of_squares(gradient: mx.array) -> mx.array:
+    """Flattened first: an optimizer's own squares would be shared, and its kernel be cut in two."""
+    return long_sum(gradient.astype(mx.float32).reshape(-1).square())
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -30,8 +35,7 @@ def layer_norms(model: nn.Module, gradients: Any) -> mx.array:
     """The L2 norm of each layer's gradient, float32, in the order of :func:`layer_names`."""
     squares: dict[str, mx.array] = dict.fromkeys(layer_names(model), mx.array(0.0))
     for name, gradient in named_arrays(gradients):
-        square = long_sum(gradient.astype(mx.float32).square())
-        squares[_owner(name)] = squares[_owner(name)] + square
+        squares[_owner(name)] = squares[_owner(name)] + _sum_of_squares(gradient)
     return mx.sqrt(mx.stack(list(squares.values())))
 
 

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from mlx_fit.checks import path_of
 from mlx_fit.errors import ConfigurationError
 
 
@@ -136,7 +137,7 @@ class History:
         """Write one line per epoch; a value that an epoch does not have is empty."""
         import csv  # here: importing mlx_fit stays cheap
 
-        path = Path(path)
+        path = path_of("path", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["epoch", *self.history], restval="")

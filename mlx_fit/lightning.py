@@ -44,6 +44,18 @@ _NEVER_CALLED = {
 _HOOK = re.compile(
     r"on_((fit|train|validation|test|predict|sanity_check)_|before_|after_|save_|load_)"
 )
+_FOR_EVER = "a step is compiled and would see its first value for ever; write a callback instead"
+# Attributes that Lightning gives a module, and what takes their place.
+_NOT_HERE = {
+    "save_hyperparameters": "set what you need as attributes, as self.width = width",
+    "hparams": "set what you need as attributes, as self.width = width",
+    "trainer": "lightning_trainer(module) makes it; callbacks get it as self.trainer",
+    "current_epoch": _FOR_EVER,
+    "global_step": _FOR_EVER,
+    "logger": "give fit a callback such as TensorBoard; self.log(name, value) logs a scalar",
+    "lr_schedulers": "give the optimizer a schedule, or fit a callback",
+    "load_from_checkpoint": "make the module, then Trainer.load(folder) or load_weights(file)",
+}
 # Options of Lightning's log that ask for what happens anyhow.
 _FULFILLED = {"prog_bar": True, "logger": True, "on_epoch": True, "on_step": False}
 
@@ -108,6 +120,15 @@ class LightningModule(nn.Module, ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NOT_HERE and name not in self:
+            raise AttributeError(
+                f"{type(self).__name__} has no .{name} as in Lightning: {_NOT_HERE[name]}.",
+                name=name,
+                obj=self,
+            )
+        return super().__getattr__(name)
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         """Log a scalar: its mean over the epoch, weighed by rows, is in the history.

@@ -345,11 +345,16 @@ class Sums:
                     self.first_bad = tag, math.nan if loss is None else loss
                     return
 
-    def take_back(self, num_vectors: int, num_batches: int) -> None:
-        """Forget the newest vectors, which are pending still, and the rows of so many batches."""
-        if num_vectors:
-            del self.pending[-num_vectors:], self.tags[-num_vectors:]
-        self.rows.take_back(num_batches)
+    def mark(self) -> tuple[int, int, int]:
+        """Where it is now, for :meth:`back_to`."""
+        return self.num_added, len(self.open), self.rows.num_batches
+
+    def back_to(self, mark: tuple[int, int, int]) -> None:
+        """Forget what was added since :meth:`mark`, of which nothing may be folded."""
+        num_added, num_open, num_batches = mark
+        del self.pending[num_added - self.num_folded :], self.tags[num_added - self.num_folded :]
+        del self.open[num_open:]
+        self.rows.take_back(self.rows.num_batches - num_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, for a checkpoint. Host synchronisation."""

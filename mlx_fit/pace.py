@@ -32,7 +32,10 @@ class Pace:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is none of the pass."""
+        """What happens inside is none of the pass. A clock that stands already stays as it is."""
+        if self._stopped is not None:
+            yield
+            return
         self._stopped = began = perf_counter()
         try:
             yield

@@ -7,10 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_map
-
 from mlx_fit._tree import RandomState
 from mlx_fit.callbacks.base import CallbackList
 from mlx_fit.communicator import first_known, gather, join_sums, joined_rows
@@ -20,7 +16,7 @@ from mlx_fit.loop import Step, run_batches
 from mlx_fit.modes import evaluation_mode
 from mlx_fit.pace import Pace
 from mlx_fit.protocols import Run, RunInfo
-from mlx_fit.splitting import Splitter, SplittingEvaluation
+from mlx_fit.splitting import Splitter, SplittingEvaluation, SplittingPrediction
 
 
 def pass_info(kind: str, source: Source, steps: int | None, verbose: int) -> RunInfo:
@@ -96,11 +92,13 @@ def predict_pass(
     callbacks: CallbackList,
     info: RunInfo,
     computing: Callable[[], AbstractContextManager[None]],
+    splitter: Splitter | None = None,
 ) -> Iterator[Any]:
     """The outputs of one batch after another, as NumPy arrays.
 
     Between batches, while the consumer works, nothing of the pass is in effect.
     """
+    taking = step.on_host if splitter is None else SplittingPrediction(step, splitter)
     with computing(), seen_as(run, info):
         callbacks.call("on_predict_begin", {})
     index = 0
@@ -113,7 +111,7 @@ def predict_pass(
                 step.start()
             callbacks.call("on_predict_batch_begin", index, {})
             has_rows = batch is not _END and batch is not None
-            outputs = tree_map(to_numpy, step(batch)) if has_rows else None
+            outputs = taking(batch) if has_rows else None
             if run.communicator.size > 1:
                 outputs = joined_rows(run.communicator, outputs)
             callbacks.call("on_predict_batch_end", index, {"outputs": outputs})
@@ -133,13 +131,6 @@ def _is_last(run: Run, batch: Any) -> bool:
         return has_ended
     votes = gather(ranks, [has_ended, run.stop_predicting], "predictions")
     return all(ended for ended, _ in votes) or any(stops for _, stops in votes)
-
-
-def to_numpy(leaf: Any) -> Any:
-    """An output on the host; bfloat16, which NumPy does not have, as float32; None stays."""
-    if not isinstance(leaf, mx.array):
-        return leaf
-    return np.array(leaf.astype(mx.float32) if leaf.dtype == mx.bfloat16 else leaf)
 
 
 def plain(value: Any) -> Any:

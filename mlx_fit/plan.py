@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mlx_fit.batch import num_rows
 from mlx_fit.probing import Probe
@@ -80,6 +80,26 @@ def _line(name: str, size: int, whole: int) -> str:
     return f"  {name:<12}{format_bytes(size):>11}  {bar}"
 
 
+class Measured(Protocol):
+    """Computes some rows of a batch and tells the peak; see :class:`~mlx_fit.probing.Probe`."""
+
+    largest_bytes: int
+    other_bytes: int
+    gradient_bytes: int
+    cast_bytes: int
+    window_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, and optimizer state."""
+
+    def peak(self, batch: Any, num_rows: int) -> int:
+        """The most bytes that are live."""
+
+    def gradient_peak(self, batch: Any, num_rows: int) -> int:
+        """The same without an update."""
+
+
 @dataclass(frozen=True)
 class Growth:
     """Peak memory as a function of the rows of a batch.
@@ -130,7 +150,7 @@ def sizes_of(rows: int) -> list[int]:
     return sorted({*sizes, half, last})
 
 
-def measure(probe: Probe, batch: Any, limit: int, far_below: float = 0.0) -> Growth:
+def measure(probe: Measured, batch: Any, limit: int, far_below: float = 0.0) -> Growth:
     """Measure growing parts of a batch, no further than is safe and, on request, needed.
 
     Args:
@@ -156,7 +176,7 @@ def measure(probe: Probe, batch: Any, limit: int, far_below: float = 0.0) -> Gro
 
 
 def _expected(
-    points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int, following: int
+    points: list[tuple[int, int]], probe: Measured, batch: Any, rows: int, following: int
 ) -> float:
     """The peak that is expected of the next size.
 
@@ -170,7 +190,7 @@ def _expected(
     return peak + per_row * (following - size) + probe.largest_bytes
 
 
-def _growth(points: list[tuple[int, int]], probe: Probe, batch: Any, rows: int) -> Growth:
+def _growth(points: list[tuple[int, int]], probe: Measured, batch: Any, rows: int) -> Growth:
     """The line that goes on from the last points.
 
     Where the update decides the peak of few rows, the whole step tells nothing of how activations

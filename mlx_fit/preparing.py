@@ -19,8 +19,9 @@ from mlx_fit.data.split import split_over
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.objective import Supervised
 from mlx_fit.options import StepOptions
-from mlx_fit.protocols import Communicator, RunInfo
+from mlx_fit.protocols import Communicator, Run, RunInfo
 from mlx_fit.resuming import check_seed, open_store
+from mlx_fit.saving import Saver
 from mlx_fit.state import TrainState
 from mlx_fit.timing import Schedule
 
@@ -57,6 +58,12 @@ class Prepared:
     store: CheckpointStore | None
     found: tuple[Path, TrainState] | None
     arguments: dict[str, Any]
+
+    def saver(self, run: Run) -> Saver | None:
+        """What writes checkpoints, if there is a folder for them."""
+        if self.store is None:
+            return None
+        return Saver(self.store, self.policy, run, None if self.found is None else self.found[0])
 
 
 def prepare_fit(

@@ -14,7 +14,6 @@ from mlx_fit._tree import RandomState, named_arrays, restore, snapshot
 from mlx_fit.batch import rows_between, to_mlx
 from mlx_fit.errors import DataError
 from mlx_fit.precision import weights_of
-from mlx_fit.rates import optimizers_of
 from mlx_fit.runtime.memory import active_bytes, measured_peak
 from mlx_fit.step import MAX_IN_FLIGHT, TrainStep
 
@@ -133,17 +132,48 @@ def _put_back(parts: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: Any, optimizer: Any, objective: Any) -> Iterator[None]:
-    """Model, optimizer, objective and random key inside and after as before, whatever is probed.
+def untouched(parts: list[Any], owners: list[Any]) -> Iterator[None]:
+    """Arrays of trees, fields of objects and the random key after it as before, whatever is probed.
 
     An optimizer that has no state yet has none afterwards.
     """
-    owners = [*optimizers_of(optimizer), optimizer, objective]
     fields = [(owner, {**vars(owner)}) for owner in owners]
-    with _put_back([model.state, optimizer.state]):
+    with _put_back(parts):
         try:
             yield
         finally:
             for owner, kept in fields:
                 vars(owner).clear()
                 vars(owner).update(kept)
+
+
+class PassProbe:
+    """The same for a pass that updates nothing: evaluation or prediction.
+
+    Its attributes are those of :class:`Probe`, as far as growth is told from them.
+
+    Args:
+        compute: computes a batch and waits for it.
+        state_bytes: of the weights.
+    """
+
+    def __init__(self, compute: Callable[[Any], object], state_bytes: int) -> None:
+        self._compute = compute
+        self._peaks: dict[int, int] = {}
+        self.state_bytes = state_bytes
+        self.largest_bytes = self.gradient_bytes = self.cast_bytes = self.window_bytes = 0
+        self.other_bytes = active_bytes() - state_bytes
+
+    def peak(self, batch: Any, num_rows: int) -> int:
+        """The most bytes that are live while the first rows are computed."""
+        if num_rows not in self._peaks:
+            rows = rows_between(batch, 0, num_rows)
+            self._compute(rows)  # while MLX traces, work is done and freed in between
+            with measured_peak() as peak:
+                self._compute(rows)
+            self._peaks[num_rows] = peak.num_bytes
+        return self._peaks[num_rows]
+
+    def gradient_peak(self, batch: Any, num_rows: int) -> int:
+        """There are no gradients: the same."""
+        return self.peak(batch, num_rows)

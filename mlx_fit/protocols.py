@@ -70,7 +70,10 @@ class Communicator(Protocol):
         """The messages of all ranks, by rank. All of them call it at the same place."""
 
     def sum(self, arrays: list[mx.array]) -> list[mx.array]:
-        """Elementwise sums over the ranks of arrays of equal shapes and dtypes, evaluated."""
+        """Elementwise sums over the ranks of arrays of equal shapes and dtypes, evaluated.
+
+        The list may be emptied: what nobody else holds can be summed in place.
+        """
 
     def at_step(self, step: int) -> None:
         """Which step the collectives that follow belong to, for messages."""

@@ -31,6 +31,7 @@ class Saver:
         store: where to.
         policy: when, and what stays.
         run: the trainer, as callbacks see it.
+        gone_on_from: the checkpoint that the fit goes on from, or None.
 
     Rank 0 writes; the others wait for it, and raise what it raises.
 
@@ -39,8 +40,15 @@ class Saver:
         saved: what the newest checkpoint holds: step, phase and epoch.
     """
 
-    def __init__(self, store: CheckpointStore, policy: CheckpointPolicy, run: Run) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        policy: CheckpointPolicy,
+        run: Run,
+        gone_on_from: Path | None,
+    ) -> None:
         self.saved: tuple[Any, ...] | None = None
+        self._newest = gone_on_from
         self._store = store
         self._policy = policy
         self._run = run
@@ -112,7 +120,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, higher: bool | None) -> None:
         try:
-            self._store.save(snapshot, self._hashes)
+            self._newest = self._store.save(snapshot, self._hashes)
         except NonFiniteLossError as error:
             if not self._run.quiet_on_nonfinite:
                 raise
@@ -123,9 +131,13 @@ class Saver:
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint in the folder, None if there is none."""
-        steps = self._store.steps()
-        return steps[max(steps)] if steps else None
+        """The newest whole checkpoint of this run: written by this fit, or gone on from.
+
+        What else is in the folder may be damaged, or of a run that was given up.
+        """
+        if self._run.communicator.rank and self.saved is not None:  # rank 0 has written it
+            return self._store.steps().get(self.saved[0], self._newest)
+        return self._newest
 
     def finish(self) -> None:
         """Wait for the last save.

@@ -9,11 +9,13 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState, set_leaf
 from mlx_fit.batch import num_rows, rows_between
-from mlx_fit.errors import OutOfMemoryError, from_runtime_error
-from mlx_fit.evaluation import EvaluationStep
+from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
+from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.logs import FOLD, Sums
 from mlx_fit.step import TrainStep
 
@@ -22,8 +24,6 @@ SPLIT_FOR = ("foreseen", "allocation", "execution")  # fewer rows do not make fe
 
 class Splitter:
     """How many rows are computed at a time. The one place where that is decided.
-
-    Ranks that train together must decide alike: whoever coordinates them replaces :meth:`agreed`.
 
     Attributes:
         rows: the most rows of a micro-batch; None while nothing was split.
@@ -35,7 +35,7 @@ class Splitter:
     def parts(self, batch: Any) -> list[Any]:
         """The batch in micro-batches, in order: all of ``rows`` rows but the last."""
         size = self.rows
-        if size is None or (total := num_rows(batch)) <= size:
+        if size is None or batch is None or (total := num_rows(batch)) <= size:
             return [batch]
         return [rows_between(batch, start, start + size) for start in range(0, total, size)]
 
@@ -53,7 +53,7 @@ class Splitter:
         found.batch_size = tried
         if tried < 2 or found.kind not in SPLIT_FOR:
             raise found from (None if found is error else error)
-        self.rows = self.agreed(-(-tried // 2))
+        self.rows = -(-tried // 2)
 
     def report(self, batch: Any, what: str) -> None:
         """Say that batches are split from now on."""
@@ -63,9 +63,57 @@ class Splitter:
             stacklevel=4,
         )
 
-    def agreed(self, rows: int) -> int:
-        """The number of rows for all ranks, where there are others."""
-        return rows
+    def report_of(self, ranks: list[int]) -> None:
+        """The same where others train along, and these ranks have not memory enough."""
+        warnings.warn(
+            f"Memory of rank {', '.join(map(str, ranks))} does not suffice for its part of a "
+            f"batch: all ranks go on with micro-batches of at most {self.rows} rows.",
+            stacklevel=5,
+        )
+
+
+class Splitters:
+    """Those of a trainer, None where batches are not split.
+
+    Training's size is the run's; the others change no result.
+
+    Args:
+        splits: whether there are any.
+    """
+
+    def __init__(self, splits: bool) -> None:
+        self.training = Splitter() if splits else None
+        self.evaluation = Splitter() if splits else None
+        self.prediction = Splitter() if splits else None
+
+    @property
+    def rows(self) -> int | None:
+        """The most rows of a micro-batch of training; None while nothing was split."""
+        return None if self.training is None else self.training.rows
+
+
+class _Start:
+    """What there is before batches that may have to be redone.
+
+    To be let go of before the update, which reuses the arrays that nobody else holds.
+
+    Args:
+        step: the training step.
+        places: container and key of each array of model, optimizer and loss scale.
+    """
+
+    def __init__(self, step: TrainStep, places: list[tuple[Any, Any]]) -> None:
+        self._step = step
+        self._held = [(container, name, container[name]) for container, name in places]
+        self._key = RandomState()
+        self._window, self._mark = step.window, step.sums.mark()
+
+    def go_back(self) -> None:
+        """Put everything back."""
+        for container, name, value in self._held:
+            set_leaf(container, name, value)
+        self._key.restore()
+        self._step.forget_parts(self._window, self._mark)
 
 
 class SplittingStep:
@@ -74,6 +122,9 @@ class SplittingStep:
     A failing batch leaves no trace: random key, buffers, weights, optimizer state and sums are put
     back, so the result is that of a run with micro-batches of this size from the start. Gradients
     are waited for before an update begins, which nothing can redo.
+
+    With other ranks a whole window is redone, before anything of it is sent: all of them compute it
+    with the fewest rows that one of them needs. They agree with one number for each window.
 
     Args:
         step: the training step, of a trainer with ``on_oom="split"``.
@@ -85,6 +136,11 @@ class SplittingStep:
         self._splitter = splitter
         self._places: list[tuple[Any, Any]] = []
         self._places_of: list[Any] | None = None
+        self._start: _Start | None = None
+        self._batches: list[Any] = []  # since then
+        self._said = splitter.rows
+        if step.exchange is not None:
+            step.before_closing = self._agree
 
     @property
     def sums(self) -> Sums:
@@ -94,11 +150,17 @@ class SplittingStep:
     def __call__(self, batch: Any) -> None:
         """Take a batch: in one piece if that fits, in parts if not."""
         step, splitter, before = self._step, self._splitter, self._splitter.rows
-        weight = step.objective.host_weight(batch)  # what is wrong with any row shows now
-        while not self._is_computed(batch):
-            mx.clear_cache()
+        # What is wrong with any row shows now.
+        weight = 0.0 if batch is None else step.objective.host_weight(batch)
+        if self._start is None:
+            step.begin_window()
+            self._start = self._new_start()
+        self._batches.append(batch)
+        self._compute([batch])
+        if step.exchange is None:
+            self._let_go()
         step.end_batch(weight)
-        if splitter.rows != before:
+        if step.exchange is None and splitter.rows != before:
             splitter.report(batch, "training")
 
     def settle(self) -> None:
@@ -107,28 +169,28 @@ class SplittingStep:
         if not self._step.waits_at_once:
             self._step.drain()
 
-    def _is_computed(self, batch: Any) -> bool:
-        """Whether the gradients could be computed; if not, the next try is with fewer rows."""
-        step, sums = self._step, self._step.sums
-        if self._splitter.rows is not None:
-            step.use_windows()
-        values, key, window = self._held(), RandomState(), step.window
-        num_before, rows_before = sums.num_added, sums.rows.num_batches
-        step.is_partial = True
-        try:
-            self._take_parts(batch)
-        except Exception as error:
-            for (container, name), value in zip(self._places, values, strict=True):
-                set_leaf(container, name, value)
-            key.restore()
-            step.forget_parts(
-                window, sums.num_added - num_before, sums.rows.num_batches - rows_before
-            )
-            self._splitter.after(error, batch)
-            return False
-        finally:
-            step.is_partial = False
-        return True
+    def _compute(self, batches: list[Any]) -> None:
+        """Compute the gradients of these, and all since the start again when that fails.
+
+        Raises:
+            OutOfMemoryError: no smaller parts can be had, or would help.
+            Exception: whatever else went wrong; all is as it was at the start.
+        """
+        step, splitter = self._step, self._splitter
+        while True:
+            newest = batches[0]
+            step.is_partial = True
+            try:
+                for newest in batches:
+                    self._take_parts(newest)
+                return
+            except Exception as error:
+                self._go_back()
+                splitter.after(error, newest)
+            finally:
+                step.is_partial = False
+            self._start, batches = self._new_start(), self._batches
+            mx.clear_cache()
 
     def _take_parts(self, batch: Any) -> None:
         step, vectors = self._step, []
@@ -140,12 +202,44 @@ class SplittingStep:
         if len(vectors) > 1:
             step.sums.batch = sum(vectors[1:], vectors[0])  # the whole batch's own values
 
-    def _held(self) -> list[Any]:
-        """The arrays of model, optimizer and loss scale as they are now."""
-        parts = self._step.state_parts
-        if parts is not self._places_of:
-            self._places, self._places_of = _places(parts[:-1]), parts
-        return [container[name] for container, name in self._places]
+    # --- and again --------------------------------------------------------------------------------
+
+    def _new_start(self) -> _Start:
+        step = self._step
+        if self._splitter.rows is not None:
+            step.use_windows()
+        if step.state_parts is not self._places_of:
+            self._places, self._places_of = _places(step.state_parts[:-1]), step.state_parts
+        return _Start(step, self._places)
+
+    def _go_back(self) -> None:
+        assert self._start is not None
+        self._start.go_back()
+
+    def _let_go(self) -> None:
+        self._start, self._batches = None, []
+
+    # --- with other ranks -------------------------------------------------------------------------
+
+    def _agree(self) -> None:
+        """Before a window is closed: all ranks compute it with the fewest rows that one needs."""
+        splitter, exchange = self._splitter, self._step.exchange
+        assert exchange is not None
+        wishes = exchange.gather_number(splitter.rows or 0)
+        short = [rank for rank, rows in enumerate(wishes) if rows]
+        while len({*wishes}) > 1:
+            least = min(rows for rows in wishes if rows)
+            short = [rank for rank, rows in enumerate(wishes) if rows == least]
+            if splitter.rows != least:
+                splitter.rows = least
+                self._go_back()
+                self._compute(self._batches)
+            wishes = exchange.gather_number(splitter.rows or 0)
+        self._let_go()
+        if splitter.rows != self._said:
+            self._said = splitter.rows
+            if exchange.rank == 0:
+                splitter.report_of(short)
 
 
 class SplittingEvaluation:
@@ -178,8 +272,7 @@ class SplittingEvaluation:
 
     def _is_computed(self, batch: Any) -> bool:
         sums = self._step.sums
-        num_before, rows_before = sums.num_added, sums.rows.num_batches
-        vectors = []
+        mark, vectors = sums.mark(), []
         try:
             for part in self._splitter.parts(batch):
                 self._step(part)
@@ -187,7 +280,7 @@ class SplittingEvaluation:
                     mx.eval(sums.batch, sums.rows.newest)  # host synchronisation
                     vectors.append(sums.batch)
         except Exception as error:
-            sums.take_back(sums.num_added - num_before, sums.rows.num_batches - rows_before)
+            sums.back_to(mark)
             self._splitter.after(error, batch)
             return False
         if len(vectors) > 1:
@@ -195,6 +288,45 @@ class SplittingEvaluation:
         if len(sums.pending) > FOLD:
             sums.fold()
         return True
+
+
+class SplittingPrediction:
+    """A prediction step that computes a batch in halves when memory runs out.
+
+    Args:
+        step: the prediction step.
+        splitter: decides on the size; prediction has its own.
+    """
+
+    def __init__(self, step: PredictionStep, splitter: Splitter) -> None:
+        self._step = step
+        self._splitter = splitter
+
+    def __call__(self, batch: Any) -> Any:
+        """Outputs, a tree of NumPy arrays."""
+        before = self._splitter.rows
+        while True:
+            try:
+                found = [self._step.on_host(p) for p in self._splitter.parts(batch)]
+                break
+            except Exception as error:
+                self._splitter.after(error, batch)
+            mx.clear_cache()
+        if self._splitter.rows != before:
+            self._splitter.report(batch, "prediction")
+        return found[0] if len(found) == 1 else tree_map(_joined, found[0], *found[1:])
+
+
+def _joined(*leaves: Any) -> Any:
+    """Outputs of parts as one array; None stays None."""
+    if leaves[0] is None:
+        return None
+    if leaves[0].ndim == 0:
+        raise ConfigurationError(
+            "The model returned a scalar for a batch, so the batch cannot be computed in parts. "
+            "Use a smaller batch_size."
+        )
+    return np.concatenate(leaves)
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from mlx_fit.pace import Pace
 from mlx_fit.protocols import Averages, Communicator, Run
 from mlx_fit.rates import optimizers_of
 from mlx_fit.resuming import read_path, trusting
-from mlx_fit.splitting import Splitter
+from mlx_fit.splitting import Splitters
 from mlx_fit.state import (
     TrainState,
     check_buffers,
@@ -75,7 +76,7 @@ class Stateful(ABC):
         self._train_step: TrainStep | None = None
         self._fit: Fit | None = None  # while one runs
         # With on_oom="split": that of training, whose size is saved, and that of evaluation.
-        self._splitters: tuple[Splitter, Splitter] | None = None
+        self._splitters = Splitters(False)
         self._last_fit: TrainState | None = None  # its end, without weights and optimizer state
 
     @abstractmethod
@@ -102,7 +103,11 @@ class Stateful(ABC):
             names = trainable_names(self.model)
             state = replace(last, trainer=self.state_dict(), trainable=names)
         folder = folder_path(path)
-        on_first(self.communicator, lambda: write_folder(folder, take_snapshot(state), {}))
+        with self._telling_of_a_save():
+            on_first(self.communicator, lambda: write_folder(folder, take_snapshot(state), {}))
+
+    def _telling_of_a_save(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._fit is None else self._fit.telling_of_a_save()
 
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` or ``fit(checkpoint_dir=...)`` wrote: all of it, or nothing.
@@ -136,7 +141,8 @@ class Stateful(ABC):
             CheckpointWriteError: writing failed; an earlier file is untouched.
         """
         path = weights_path(path)
-        on_first(self.communicator, lambda: save_weights(path, cast("Run", self)))
+        with self._telling_of_a_save():
+            on_first(self.communicator, lambda: save_weights(path, cast("Run", self)))
 
     def load_weights(self, path: str | Path, strict: bool = True) -> None:
         """Read parameters from a ``.safetensors`` file: all, or none if something does not fit.
@@ -165,7 +171,7 @@ class Stateful(ABC):
             "epoch": self.epoch,
             "order_seed": self._order_seed,
             "num_passes": self._num_passes,
-            "micro_batch_size": None if self._splitters is None else self._splitters[0].rows,
+            "micro_batch_size": self._splitters.rows,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -210,8 +216,8 @@ class Stateful(ABC):
         self.epoch = state["epoch"]
         self._order_seed = state["order_seed"]
         self._num_passes = state["num_passes"]
-        if self._splitters is not None:
-            self._splitters[0].rows = state.get("micro_batch_size")
+        if self._splitters.training is not None:
+            self._splitters.training.rows = state.get("micro_batch_size")
 
     def _drop_train_step(self) -> None:
         self._steps_before, self._train_step = self.step, None

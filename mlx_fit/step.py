@@ -133,8 +133,8 @@ class TrainStep(StepState):
         """Take one batch: its gradients and, if it is the last of its window, the update."""
         self.wait()
         weight = 0.0 if batch is None else self.objective.host_weight(batch)
-        if self.exchange is not None and not self._num_in_window:
-            self.exchange.begin(self.model, self.num_windows)
+        if not self._has_begun:
+            self.begin_window()
         if weight is None and self._weight_on_host:
             self._weight_on_host = False
             self._rebuild()
@@ -212,7 +212,11 @@ class TrainStep(StepState):
 
     def _close_together(self, exchange: Exchange) -> None:
         """Close the window of all ranks; their sums take the place of this rank's."""
-        self.is_whole = False
+        self.wait()  # nothing else may hold what the update reuses
+        self.begin_window()  # of one that was loaded full, there was no batch
+        if self.before_closing is not None:
+            self.before_closing()
+        self.is_whole = self._has_begun = False
         sums = self.sums
         shared = exchange.close(self.model, self._window, sums, self.num_windows)
         self._window, sums.open, sums.batch = [], [], shared.vector

@@ -9,6 +9,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ class StepState(ABC):
         is_whole: False while a batch is under way, and for good if computing it failed: weights
             and optimizer may then be half updated.
         is_partial: whether what is taken is a part of a batch; :meth:`end_batch` ends the batch.
+        before_closing: called before anything of a window is sent to other ranks, or None.
     """
 
     def __init__(self, model: nn.Module, options: StepOptions, exchange: Exchange | None) -> None:
@@ -55,12 +57,14 @@ class StepState(ABC):
         self.learning_rate: mx.array | None = None
         self.is_whole = True
         self.is_partial = False
+        self.before_closing: Callable[[], None] | None = None
         self._state: list[Any] = []
         self._is_fused = options.gradient_accumulation == 1 and exchange is None
         self._last_batch: int | None = None
         self._first_window = 0  # windows before this epoch
         self._window: list[Any] = []
         self._num_in_window = 0
+        self._has_begun = exchange is None  # whether the other ranks know of this window
         self._gradients_of_batch: list[Any] = []  # kept apart where they may have to be redone
         # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
         self._in_flight: deque[tuple[int, int]] = deque()
@@ -70,7 +74,7 @@ class StepState(ABC):
         self._is_async = not is_cpu and exchange is None
         # On the CPU the next batch is fetched meanwhile, but no second step begins: it would be no
         # faster, and hold another copy of the state. What may have to be redone is waited for.
-        self._overlaps = is_cpu and exchange is None and options.on_oom != "split"
+        self._overlaps = is_cpu and options.on_oom != "split"
 
     @abstractmethod
     def close_window(self) -> None:
@@ -164,6 +168,12 @@ class StepState(ABC):
 
     # --- a batch that may be computed in parts, or again ------------------------------------------
 
+    def begin_window(self) -> None:
+        """Where there are other ranks: begin a window, unless one is open."""
+        if self.exchange is not None and not self._has_begun:
+            self._has_begun = True
+            self.exchange.begin(self.model, self.num_windows)
+
     @property
     def state_parts(self) -> list[Any]:
         """What a batch changes, random key apart. Another list after the step was built anew."""
@@ -192,10 +202,10 @@ class StepState(ABC):
         if not self.window_open or self.num_batches == self._last_batch:
             self.close_window()
 
-    def forget_parts(self, window: list[Any], num_vectors: int, num_rows: int) -> None:
-        """Take back the parts of a batch that will be redone."""
+    def forget_parts(self, window: list[Any], mark: tuple[int, int, int]) -> None:
+        """Take back parts that will be redone: to a window, and a mark of the sums."""
         self._window, self._gradients_of_batch = window, []
-        self.sums.take_back(num_vectors, num_rows)
+        self.sums.back_to(mark)
         self.is_whole = True
 
     def recover(self) -> None:

@@ -10,12 +10,14 @@ import mlx.core as mx
 def long_sum(values: mx.array) -> mx.array:
     """The sum over all axes, a scalar, exact to float32 rounding at any length.
 
-    MLX's CPU sums are naive: over 8 million values one is off in the second digit. So rows of
-    about the square root of the length are summed first, whatever the shape, and then their sums.
+    MLX's CPU sums are naive: over 8 million values one is off in the second digit. So about the
+    square root of the length of rows are added up first, column by column, whatever the shape, and
+    then the columns: in that order MLX adds several numbers at a time. Flattened values also have
+    one order in memory, and so one result, whatever made them.
     """
     values = values.reshape(-1)
     if values.size <= 4096:
         return values.sum()
     width = math.isqrt(values.size)
     whole = values.size // width * width
-    return values[:whole].reshape(-1, width).sum(-1).sum() + values[whole:].sum()
+    return values[:whole].reshape(-1, width).sum(0).sum() + values[whole:].sum()

@@ -29,13 +29,13 @@ from mlx_fit.communicator import ALONE, Exchange, reporting
 from mlx_fit.data.data_module import torn_down
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
-from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.fit import Fit
 from mlx_fit.foresight import Foresight
 from mlx_fit.history import History
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
 from mlx_fit.objective import Objective, as_objective, direction_of
+from mlx_fit.pass_steps import PassSteps
 from mlx_fit.passes import evaluate_pass, pass_info, plain, predict_pass, seen_as
 from mlx_fit.plan import MemoryPlan
 from mlx_fit.precision import Precision, initial_scale
@@ -44,9 +44,8 @@ from mlx_fit.protocols import Communicator, RunInfo
 from mlx_fit.rates import OptimizerSetup
 from mlx_fit.resuming import Resumption, prepare, trusting
 from mlx_fit.runtime.device import DeviceConfig
-from mlx_fit.saving import Saver
 from mlx_fit.signals import Interruption, watched
-from mlx_fit.splitting import Splitter, SplittingStep
+from mlx_fit.splitting import Splitters, SplittingStep
 from mlx_fit.state import without_arrays
 from mlx_fit.stateful import Stateful
 from mlx_fit.step import StepOptions, TrainStep
@@ -135,7 +134,7 @@ class Trainer(Stateful):
             nonfinite,
             on_oom,
         )
-        self._splitters = (Splitter(), Splitter()) if on_oom == "split" else None
+        self._splitters = Splitters(on_oom == "split")
         self._options.precision.prepare(model)
         self._setup = OptimizerSetup(optimizer)
         self._arguments = trainer_arguments(self._options, loss, metrics, objective)
@@ -148,8 +147,8 @@ class Trainer(Stateful):
         self._make_exchange: Callable[[StepOptions, bool], Exchange | None] = _no_exchange
         self._align: Callable[[], None] = _nothing_to_align
         self._own_callbacks: list[Callback] = []
-        self._evaluation_step: EvaluationStep | None = None
-        self._prediction_step: PredictionStep | None = None
+        has_limit = self.device_config.memory_limit is not None
+        self._pass_steps = PassSteps(self._options, has_limit)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -242,11 +241,11 @@ class Trainer(Stateful):
                     self,
                     given,
                     self._new_train_step(resumption),
-                    self._new_evaluation_step(),
+                    self._pass_steps.new_evaluation(self.model, self._require_objective()),
                     callback_list,
                     history,
                     interruption,
-                    None if given.store is None else Saver(given.store, given.policy, self),
+                    given.saver(self),
                     resumption,
                     self._splitters,
                 )
@@ -281,7 +280,8 @@ class Trainer(Stateful):
             if step.optimizer is not self.optimizer or step.model is not self.model:
                 step = self._new_train_step()
             step.start_epoch(num_batches=1)
-            taking = SplittingStep(step, self._splitters[0]) if self._splitters else step
+            splitter = self._splitters.training
+            taking = step if splitter is None else SplittingStep(step, splitter)
             taking(batch)
             taking.settle()
             step.drain()
@@ -320,18 +320,13 @@ class Trainer(Stateful):
             watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
             callback_list = CallbackList(watchers, self, params, self._is_first)
             with self._computing(callback_list):
-                step = self._evaluation_step or self._new_evaluation_step()
-                if step.model is not self.model:
-                    step = self._new_evaluation_step()
-                if step.is_running:
-                    step = EvaluationStep(self.model, self._require_objective(), self._options)
                 return evaluate_pass(
                     self,
-                    step,
+                    self._pass_steps.evaluation(self.model, self._require_objective()),
                     replay.batches(),
                     callback_list,
                     lambda: self.stop_evaluating,
-                    None if self._splitters is None else self._splitters[1],
+                    self._splitters.evaluation,
                 )
 
     def test_on_batch(self, x: Any, y: Any = None, weights: Any = None) -> dict[str, Any]:
@@ -378,17 +373,15 @@ class Trainer(Stateful):
         replay, verbose = Replay(source, checked_steps(steps)), resolve_verbose(verbose)
         watchers, params = [callbacks, progress(verbose)], {"verbose": verbose}
         callback_list = CallbackList(watchers, self, params, self._is_first)
-        step = self._prediction_step
-        if step is None or step.model is not self.model:
-            step = self._prediction_step = PredictionStep(self.model, self._options)
         self.stop_predicting = False
         return predict_pass(
             self,
-            step,
+            self._pass_steps.prediction(self.model),
             replay.batches(),
             callback_list,
             pass_info("predict", source, steps, verbose),
             partial(self._computing, callback_list),
+            self._splitters.prediction,
         )
 
     def predict_on_batch(self, x: Any) -> Any:
@@ -441,9 +434,9 @@ class Trainer(Stateful):
         """Rows that are computed at a time: a batch, or less after memory did not suffice for one.
 
         It is kept for the rest of the run, and in checkpoints. Evaluation has a size of its own.
+        Of several ranks each computes so many at a time, all the same.
         """
-        rows = None if self._splitters is None else self._splitters[0].rows
-        return rows or self.info.batch_size or self.batch_size
+        return self._splitters.rows or self.info.batch_size or self.batch_size
 
     # --- what callbacks see -----------------------------------------------------------------------
 
@@ -575,10 +568,6 @@ class Trainer(Stateful):
             self._train_step.num_windows = resumption.num_windows
         return self._train_step
 
-    def _new_evaluation_step(self) -> EvaluationStep:
-        self._evaluation_step = EvaluationStep(self.model, self._require_objective(), self._options)
-        return self._evaluation_step
-
     @contextmanager
     def _computing(self, callbacks: CallbackList | None, trains: bool = False) -> Iterator[None]:
         """On the configured device; types MLX's errors and tells the callbacks of any.
@@ -589,7 +578,8 @@ class Trainer(Stateful):
             with self.device_config.applied():
                 yield
         except BaseException as error:
-            typed = from_runtime_error(error, batch_size=self.batch_size)
+            state = "" if trains else "Nothing was updated."
+            typed = from_runtime_error(error, batch_size=self.batch_size, state=state)
             self.communicator.report(typed or error)
             if trains:
                 if isinstance(typed, OutOfMemoryError) and self._train_step is not None:

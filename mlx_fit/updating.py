@@ -97,11 +97,9 @@ class Update:
             select(applies, optimizer.state, before[1])
             entries["skipped_updates"] = {"sum": mx.where(applies, 0.0, 1.0)}
         if norm is not None:
-            done = mx.array(1.0) if applies is None else applies.astype(mx.float32)
-            entries["grad_norm"] = {"sum": mx.where(done > 0, norm, 0.0), "weight": done}
+            entries["grad_norm"] = _counted(norm, applies)
             if layer_norms is not None:
-                sums = mx.where(done > 0, layer_norms, 0.0)
-                entries["layer_grad_norms"] = {"sum": sums, "weight": done}
+                entries["layer_grad_norms"] = _counted(layer_norms, applies)
         if self._scaling and overflowed is not None:
             self._scaling.update(next_scale(self._scaling, overflowed))
             # An overflow is no error, until the scale has nowhere left to go.
@@ -143,3 +141,10 @@ class Update:
             keep = partial(tree_map, lambda value: mx.where(is_finite, value, 0))
             states, terms.rows = keep(states), keep(terms.rows)
         return self._sums.pack(states | entries, computes)
+
+
+def _counted(value: mx.array, applies: mx.array | None) -> dict[str, mx.array]:
+    """A value of an update for its mean over updates; one that is not applied does not count."""
+    if applies is None:
+        return {"sum": value, "weight": mx.array(1.0)}
+    return {"sum": mx.where(applies, value, 0.0), "weight": applies.astype(mx.float32)}

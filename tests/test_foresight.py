@@ -140,7 +140,7 @@ def test_without_a_limit_a_small_model_is_not_measured(monkeypatch):
 
 def test_without_a_limit_a_model_that_may_not_fit_is_measured(monkeypatch):
     counted = Counted(monkeypatch)
-    monkeypatch.setattr(mlx_fit.foresight, "limits", lambda: {"what is left": 4_000_000 + held()})
+    monkeypatch.setattr(mlx_fit.guard, "limits", lambda: {"what is left": 4_000_000 + held()})
     with pytest.raises(OutOfMemoryError, match="what is left"):
         make().fit(data(2048), verbose=0)
     assert counted.sizes == [1024]

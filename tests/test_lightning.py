@@ -169,6 +169,30 @@ def test_an_update_by_hand_is_refused():
         lightning_trainer(module)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("save_hyperparameters", "set what you need as attributes"),
+        ("hparams", "set what you need as attributes"),
+        ("trainer", "lightning_trainer"),
+        ("current_epoch", "write a callback"),
+        ("global_step", "write a callback"),
+        ("logger", "TensorBoard"),
+    ],
+)
+def test_what_lightning_gives_a_module_is_named_with_its_replacement(name, says):
+    with pytest.raises(AttributeError, match=rf"Classifier has no \.{name} as in.*{says}"):
+        getattr(Classifier(), name)
+    own = Classifier()
+    setattr(own, name, 3)  # one's own is one's own
+    assert getattr(own, name) == 3
+
+
+def test_an_attribute_that_nobody_has_is_missing_as_ever():
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = Classifier().colour
+
+
 def test_logging_outside_of_a_step_is_told():
     with pytest.raises(ConfigurationError, match="outside of a step"):
         Classifier().log("a", 1)

@@ -172,7 +172,7 @@ def test_a_late_failure_in_a_callback_is_not_saved_as_if_all_were_well(monkeypat
 
     monkeypatch.setattr(mlx_fit.step.TrainStep, "settle", asynchronously)
     watch = Do("on_train_batch_end", raising(RuntimeError(FAULTS[0])), 2)
-    with pytest.raises(DeviceError, match="go on from a checkpoint"):
+    with pytest.raises(DeviceError, match="no checkpoint was written to go on from"):
         make().fit(
             ramp(), callbacks=watch, checkpoint_dir=tmp_path, checkpoint_every="9 steps", verbose=0
         )
@@ -238,3 +238,91 @@ def test_training_goes_on_from_the_bits_before_a_failed_dispatch(monkeypatch):
         tree_flatten(failed.model.parameters()), tree_flatten(other.model.parameters()), strict=True
     ):
         np.testing.assert_array_equal(np.array(a), np.array(b), err_msg=name)
+
+
+# --- what to do after a fault ---------------------------------------------------------------------
+
+
+def fault(trainer, batches, monkeypatch, number, **options):
+    """The message of a fault in the ``number``-th step that is waited for."""
+    with monkeypatch.context() as patch:
+        failing_eval(patch, FAULTS[0], number)
+        with pytest.raises(DeviceError) as caught:
+            trainer.fit(batches, verbose=0, **options)
+    return str(caught.value)
+
+
+def test_without_a_folder_it_says_to_start_anew_with_one(monkeypatch):
+    text = fault(make(), ramp(4), monkeypatch, 3)
+    assert "no checkpoint was written to go on from: start with a new model" in text
+    assert "with checkpoint_dir=" in text
+
+
+def test_with_nothing_written_yet_it_says_to_start_anew(monkeypatch, tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": "100 steps"}
+    text = fault(make(), ramp(4), monkeypatch, 3, **options)
+    assert "no checkpoint was written to go on from: start with a new model" in text
+    assert "checkpoint_dir" not in text
+
+
+def test_the_run_that_goes_on_from_the_checkpoint_ends_as_if_nothing_had_been(
+    monkeypatch, tmp_path
+):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": "1 steps", "epochs": 2}
+    text = fault(make(), ramp(4), monkeypatch, 4, **options)
+    named = text.split("go on from ")[1].split(". ")[0].rstrip(".")
+    assert named == str(tmp_path / "step-00000003")
+    resumed, whole = make(), make()
+    resumed.fit(ramp(4), resume=named, verbose=0, **options)
+    whole.fit(ramp(4), epochs=2, verbose=0)
+    np.testing.assert_array_equal(np.array(resumed.model.weight), np.array(whole.model.weight))
+
+
+@pytest.mark.filterwarnings("ignore:The run goes on")
+def test_a_resumed_fit_names_what_it_came_from_before_it_has_saved(monkeypatch, tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": "2 steps"}
+    make().fit(ramp(6), verbose=0, **options)
+    assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step-00000006"
+    older = sorted(tmp_path.iterdir())[0]
+    options["checkpoint_every"] = "100 steps"
+    with pytest.warns(UserWarning, match="newer than"):  # those are of a run that is given up
+        text = fault(make(), ramp(6), monkeypatch, 2, resume=older, **options)
+    assert f"go on from {older}." in text
+
+
+def test_damaged_checkpoints_are_not_named(monkeypatch, tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": "2 steps"}
+    make().fit(ramp(2), verbose=0, **options)
+    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    options["checkpoint_every"] = "100 steps"
+    with pytest.warns(UserWarning, match="not whole"):
+        text = fault(make(), ramp(6), monkeypatch, 2, resume="auto", **options)
+    assert "no checkpoint was written to go on from" in text
+
+
+@pytest.mark.parametrize("text", [FAULTS[0], ALLOCATIONS[0]])
+@pytest.mark.parametrize("what", ["evaluate", "predict"])
+def test_a_fault_in_a_pass_says_that_nothing_was_updated(what, text):
+    class Failing(Ones):
+        def __call__(self, x):
+            raise RuntimeError(text)
+
+    trainer = Trainer(Failing(), optim.SGD(0.1), "mse")
+    with pytest.raises(kind_of(text), match="Nothing was updated") as caught:
+        getattr(trainer, what)(ramp(2), verbose=0)
+    assert "half updated" not in str(caught.value)
+
+
+def test_a_fault_in_a_validation_leaves_the_weights_of_its_step(tmp_path, monkeypatch):
+    class Failing(Ones):
+        def __call__(self, x):
+            if not self.training:
+                raise RuntimeError(FAULTS[0])
+            return super().__call__(x)
+
+    trainer = Trainer(Failing(), optim.SGD(0.1), "mse")
+    with pytest.raises(DeviceError, match="are those of step 3") as caught:
+        trainer.fit(
+            ramp(3), ramp(1), verbose=0, checkpoint_dir=tmp_path, checkpoint_every="2 steps"
+        )
+    assert f"the newest checkpoint is {tmp_path / 'step-00000002'}" in str(caught.value)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from toys import Do, trainer_of
 
 import mlx_fit
-from mlx_fit import CausalLM, DistributedTrainer, Trainer
+from mlx_fit import CausalLM, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError, DataError, OutOfMemoryError
 from mlx_fit.evaluation import EvaluationStep
@@ -413,9 +413,3 @@ def test_an_objective_whose_batches_have_no_rows_trains_while_it_fits():
     trainer = Trainer(nn.Linear(4, 1), optim.SGD(0.1), objective=objective, on_oom="split")
     history = trainer.fit([{"scale": np.float32(1.0)}], verbose=0)
     assert np.isfinite(history.history["loss"][0])
-
-
-def test_several_ranks_are_told_that_they_cannot_split(monkeypatch):
-    monkeypatch.setattr("mlx_fit.distributed.trainer.rank_and_size", lambda: (0, 2))
-    with pytest.raises(ConfigurationError, match=r"on_oom='split' is for one process.* 2 ranks"):
-        DistributedTrainer(nn.Linear(4, 1), optim.SGD(0.1), "mse", on_oom="split")

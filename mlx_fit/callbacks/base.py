@@ -101,7 +101,7 @@ class Callback:
         """
 
     def on_save_begin(self, logs: Any) -> None:
-        """Called before ``fit`` writes a checkpoint to its ``checkpoint_dir``."""
+        """Called while ``fit`` runs before it, or a callback, writes weights or a checkpoint."""
 
     def on_save_end(self, logs: Any) -> None:
         """Called when training goes on; in the background the files may still be written."""
@@ -150,6 +150,7 @@ class CallbackList:
         self, callbacks: Any, run: Run, params: dict[str, Any], is_first: bool = True
     ) -> None:
         self.callbacks = sorted(flatten(callbacks), key=lambda callback: callback.runs_last)
+        _refuse_repeated(self.callbacks)
         for callback in self.callbacks:
             _warn_of_unknown_hooks(callback)
             callback.trainer = run
@@ -259,12 +260,12 @@ def numbers(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flatten(callbacks: Any) -> Iterable[Callback]:
-    """One callback, or nested lists of callbacks, in order."""
+    """One callback, or nested lists (or other iterables) of callbacks, in order."""
     if isinstance(callbacks, Callback):
         yield callbacks
     elif callbacks is None:
         return
-    elif isinstance(callbacks, (list, tuple)):
+    elif isinstance(callbacks, Iterable) and not isinstance(callbacks, (str, bytes, Mapping)):
         for callback in callbacks:
             yield from flatten(callback)
     else:
@@ -272,6 +273,16 @@ def flatten(callbacks: Any) -> Iterable[Callback]:
             f"callbacks holds {callbacks!r}; expected Callback objects. A class needs (), and a "
             "function goes into LambdaCallback(on_epoch_end=...)."
         )
+
+
+def _refuse_repeated(callbacks: list[Callback]) -> None:
+    """One that is called twice an epoch would wait half as long, and write each row twice."""
+    for index, callback in enumerate(callbacks):
+        if any(callback is other for other in callbacks[:index]):
+            raise ConfigurationError(
+                f"callbacks holds one {type(callback).__name__} object twice. Make two of them, or "
+                "leave one out."
+            )
 
 
 def _overrides(callback: Callback, hook: str) -> bool:

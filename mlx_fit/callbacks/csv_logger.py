@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.callbacks.device_monitor import DEVICE_KEYS
+from mlx_fit.checks import boolean, file_of
 from mlx_fit.errors import ConfigurationError
 
 NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates", *DEVICE_KEYS)
@@ -30,13 +31,13 @@ class CSVLogger(Callback):
     first_rank_only = True
 
     def __init__(self, filename: str | Path, separator: str = ",", append: bool = False) -> None:
-        if not isinstance(separator, str) or len(separator) != 1:
+        if not isinstance(separator, str) or len(separator) != 1 or separator in '\r\n"':
             raise ConfigurationError(
                 f"CSVLogger(separator={separator!r}); expected one character, such as ',' or ';'."
             )
-        self.path = Path(filename)
+        self.path = file_of("CSVLogger: filename", filename)
         self._separator = separator
-        self._append = append
+        self._append = boolean("CSVLogger: append", append)
         self._columns: list[str] = []
         self._rows: list[Mapping[str, Any]] = []
 

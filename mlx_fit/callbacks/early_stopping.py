@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_fit._tree import assign
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.checks import boolean, natural, number
 from mlx_fit.state import judged_weights
 
 
@@ -45,23 +45,17 @@ class EarlyStopping(Callback):
         start_from_epoch: int = 0,
         verbose: int = 0,
     ) -> None:
-        for name, value in (("patience", patience), ("start_from_epoch", start_from_epoch)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigurationError(f"EarlyStopping({name}={value!r}); expected an int >= 0.")
-        if baseline is not None and not isinstance(baseline, (int, float)):
-            raise ConfigurationError(
-                f"EarlyStopping(baseline={baseline!r}); expected a number or None."
-            )
+        owner = "EarlyStopping"
         self.monitor = monitor
-        self.patience = patience
-        self.baseline = baseline
+        self.patience = natural(f"{owner}: patience", patience)
+        self.baseline = None if baseline is None else number(f"{owner}: baseline", baseline)
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.stopped_epoch: int | None = None
         self.wait = 0
-        self._monitor = Monitor(monitor, mode, "EarlyStopping", min_delta)
-        self._restores = restore_best_weights
-        self._start_from_epoch = start_from_epoch
+        self._monitor = Monitor(monitor, mode, owner, min_delta)
+        self._restores = boolean(f"{owner}: restore_best_weights", restore_best_weights)
+        self._start_from_epoch = natural(f"{owner}: start_from_epoch", start_from_epoch)
         self._verbose = verbose
         self._num_judged = 0
         self._best_weights: dict[str, mx.array] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -38,7 +38,8 @@ class FreezeUntil(Callback):
 
     def __init__(self, epoch: int, parts: str | nn.Module | Iterable[str | nn.Module]) -> None:
         self.epoch = natural("FreezeUntil: epoch", epoch)
-        whole = [parts] if isinstance(parts, (str, nn.Module)) else list(parts)
+        several = isinstance(parts, Iterable) and not isinstance(parts, (str, nn.Module))
+        whole: list[Any] = [*cast("Any", parts)] if several else [parts]
         if not whole or not all(isinstance(part, (str, nn.Module)) for part in whole):
             raise ConfigurationError(
                 f"FreezeUntil: parts={parts!r}; expected names or patterns of modules, or modules."

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_fit.callbacks.as_json import as_json, dumps
 from mlx_fit.callbacks.base import Callback
-from mlx_fit.checks import boolean
+from mlx_fit.checks import boolean, file_of
 from mlx_fit.errors import ConfigurationError
 
 
@@ -35,9 +35,7 @@ class JSONLogger(Callback):
     first_rank_only = True
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
-        if not isinstance(path, (str, Path)):
-            raise ConfigurationError(f"JSONLogger: path={path!r}; expected a path.")
-        self.path = Path(path)
+        self.path = file_of("JSONLogger: path", path)
         self._append = boolean("JSONLogger: append", append)
         self._rows: list[dict[str, Any]] = []
 

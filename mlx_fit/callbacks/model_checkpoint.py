@@ -12,6 +12,7 @@ from typing import Any
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.monitor import Monitor, watched
 from mlx_fit.checkpoint.store import remove_checkpoint
+from mlx_fit.checks import boolean, natural, number, path_of
 from mlx_fit.errors import (
     CheckpointWriteError,
     ConfigurationError,
@@ -60,15 +61,18 @@ class ModelCheckpoint(Callback):
         keep: int | None = None,
         verbose: int = 0,
     ) -> None:
-        self.filepath = str(filepath)
+        owner = "ModelCheckpoint"
+        self.filepath = str(path_of(f"{owner}: filepath", filepath))
         self.monitor = monitor
         self.best = initial_value_threshold
+        if initial_value_threshold is not None:
+            self.best = number(f"{owner}: initial_value_threshold", initial_value_threshold)
         self.last_path: Path | None = None
         self._verbose = verbose
-        self._best_only = save_best_only
-        self._monitor = Monitor(monitor, mode, "ModelCheckpoint")
+        self._best_only = boolean(f"{owner}: save_best_only", save_best_only)
+        self._monitor = Monitor(monitor, mode, owner)
         self._every = _checked_frequency(save_freq)
-        self._keep = keep
+        self._keep = None if keep is None else natural(f"{owner}: keep", keep, 1)
         self._written: list[str] = []
         self._step_looked_at = -1
         self._batch = 0
@@ -77,10 +81,6 @@ class ModelCheckpoint(Callback):
         _check_path(self.filepath, save_weights_only)
         # What a checkpoint holds of the other callbacks must be of this step.
         self.runs_last = not self.filepath.endswith(SUFFIX)
-        if keep is not None and (not isinstance(keep, int) or keep < 1):
-            raise ConfigurationError(
-                f"ModelCheckpoint(keep={keep!r}); expected an int >= 1 or None."
-            )
         if self._every and save_best_only and monitor.startswith("val_"):
             raise ConfigurationError(
                 f"ModelCheckpoint saves every {save_freq} steps, where {monitor!r} does not exist. "
@@ -202,14 +202,18 @@ class ModelCheckpoint(Callback):
 def _checked_frequency(save_freq: int | str) -> int | None:
     if save_freq == "epoch":
         return None
-    if isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0:
-        return save_freq
-    raise ConfigurationError(
-        f"ModelCheckpoint(save_freq={save_freq!r}); expected 'epoch' or a positive number of steps."
-    )
+    try:
+        return natural("save_freq", save_freq, 1)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"ModelCheckpoint(save_freq={save_freq!r}); expected 'epoch' or a positive number of "
+            "steps."
+        ) from error
 
 
 def _check_path(filepath: str, save_weights_only: bool | None) -> None:
+    if filepath == ".":
+        raise ConfigurationError("ModelCheckpoint: filepath is empty; expected a path.")
     suffix = Path(re.sub(r"\{[^}]*\}", "0", filepath)).suffix
     if suffix != SUFFIX and re.fullmatch(r"\.[A-Za-z]\w*", suffix):
         raise ConfigurationError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_fit.checks import number
 from mlx_fit.errors import ConfigurationError, UnknownMonitorError
 from mlx_fit.protocols import Run
 
@@ -28,14 +29,12 @@ class Monitor:
             raise ConfigurationError(
                 f"{owner}(monitor={name!r}); expected a key of the logs, such as 'val_loss'."
             )
-        if not isinstance(min_delta, (int, float)) or math.isnan(min_delta):
-            raise ConfigurationError(f"{owner}(min_delta={min_delta!r}); expected a number.")
         if mode not in ("auto", "min", "max"):
             raise ConfigurationError(f"{owner}(mode={mode!r}); expected 'auto', 'min' or 'max'.")
         self.name = name
         self._mode = mode
         self._owner = owner
-        self._min_delta = abs(min_delta)
+        self._min_delta = abs(number(f"{owner}: min_delta", min_delta))
         self._appeared = False
         self._appears_inside = False
 

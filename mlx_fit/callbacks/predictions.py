@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_fit.callbacks.base import Callback
 from mlx_fit.callbacks.event_files import open_writer, purge
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError
 
 FOLDER = "predictions"
@@ -27,6 +27,7 @@ class Predictions(Callback):
 
     Args:
         data: ``(x, y)``, or ``x`` alone: arrays, whose first rows are used; ``x`` may be a dict.
+            Weights, as in ``(x, y, weights)``, are not looked at.
         log_dir: the run's folder, that of :class:`TensorBoard`; files go to its folder
             ``predictions``.
         class_names: names of the classes.
@@ -56,18 +57,27 @@ class Predictions(Callback):
     ) -> None:
         natural("Predictions: max_rows", max_rows, 1)
         self._every = natural("Predictions: every", every, 1)
-        x, y = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-        self._x = {k: v[:max_rows] for k, v in x.items()} if isinstance(x, dict) else x[:max_rows]
-        num_rows = len(next(iter(self._x.values())) if isinstance(self._x, dict) else self._x)
-        self._targets = None if y is None else np.array(y[:max_rows])
+        x, y = (*data, None)[:2] if isinstance(data, tuple) and data else (data, None)
+        try:
+            self._x = _first(x, max_rows)
+            num_rows = len(next(iter(self._x.values())) if isinstance(self._x, dict) else self._x)
+            self._targets = None if y is None else np.array(y[:max_rows])
+        except (TypeError, StopIteration) as error:
+            raise ConfigurationError(
+                f"Predictions: data={data!r:.80}; expected arrays: (x, y), or x alone."
+            ) from error
         if not num_rows or (self._targets is not None and len(self._targets) != num_rows):
             raise ConfigurationError(
                 f"Predictions: data has {num_rows} rows of inputs and "
                 f"{0 if self._targets is None else len(self._targets)} of targets; expected (x, y) "
                 "with as many of both, at least one, or x alone."
             )
+        if isinstance(class_names, str):
+            raise ConfigurationError(
+                f"Predictions: class_names={class_names!r}; expected a list of names."
+            )
         self._names = None if class_names is None else [str(name) for name in class_names]
-        self._folder = Path(log_dir) / FOLDER
+        self._folder = path_of("Predictions: log_dir", log_dir) / FOLDER
         self._num_epochs = 0
         self._writer: Any = None
         self.outputs: Any = None
@@ -166,6 +176,12 @@ class Predictions(Callback):
         self._num_epochs = epoch
         if epoch:
             purge(self._folder, lambda tag, step: step < epoch)
+
+
+def _first(x: Any, count: int) -> Any:
+    if isinstance(x, dict):
+        return {key: _first(value, count) for key, value in x.items()}
+    return np.array(x[:count]) if isinstance(x, list) else x[:count]
 
 
 def _numbers(row: np.ndarray) -> str:

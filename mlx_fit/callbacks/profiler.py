@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mlx_fit.callbacks.as_json import dumps
 from mlx_fit.callbacks.base import Callback, HookWatcher
 from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
-from mlx_fit.checks import boolean, natural
+from mlx_fit.checks import boolean, file_of, natural
 from mlx_fit.errors import ConfigurationError
 
 PHASES = ("data wait", "step", "evaluation", "checkpoints", "callbacks", "other")
@@ -59,9 +60,7 @@ class Profiler(HookWatcher):
     def __init__(
         self, trace: str | Path | None = None, prints: bool = True, max_events: int = 100_000
     ) -> None:
-        if trace is not None and not isinstance(trace, (str, Path)):
-            raise ConfigurationError(f"Profiler: trace={trace!r}; expected a path or None.")
-        self.path = None if trace is None else Path(trace)
+        self.path = None if trace is None else file_of("Profiler: trace", trace)
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.hooks: dict[str, float] = {}
@@ -69,7 +68,7 @@ class Profiler(HookWatcher):
         self._prints = boolean("Profiler: prints", prints)
         self._max_events = natural("Profiler: max_events", max_events)
         self._events: list[tuple[str, str, float, float]] = []
-        self._is_running = False
+        self._is_running = self._is_inside = False
         self._phase = "other"
         self._before = "other"  # what an evaluation or a save interrupted
         self._start = self._mark = 0.0
@@ -84,7 +83,7 @@ class Profiler(HookWatcher):
         name = f"{type(owner).__name__}.{hook}"
 
         def timed(*arguments: Any) -> None:
-            if not self._is_running:
+            if not self._is_running or self._is_inside:  # a callback that saves tells all others
                 return method(*arguments)
             start = time.perf_counter()
             # Only a wait that a batch ends was for data; the last of an epoch was not.
@@ -93,9 +92,11 @@ class Profiler(HookWatcher):
             self._add(ended, ended, self._mark, start)
             if hook in ("on_test_begin", "on_save_begin") and self._phase != NEXT[hook]:
                 self._before = self._phase
+            self._is_inside = True
             try:
                 method(*arguments)
             finally:
+                self._is_inside = False
                 self._mark = time.perf_counter()
                 if owner is not self:
                     self._add(phase, name, start, self._mark)
@@ -166,7 +167,10 @@ class Profiler(HookWatcher):
             return
         self._is_running = False
         if self.path is not None:
-            self._write_trace(self.path)
+            try:
+                self._write_trace(self.path)
+            except OSError as error:  # no reason to lose what was trained
+                warnings.warn(f"Profiler could not write its trace: {error}", stacklevel=2)
 
     def table(self) -> str:
         """Phases and the slowest hooks, as lines of text.

@@ -132,6 +132,7 @@ class Bars(Callback):
         self._training = self._current = Bar()
         self._lengths: dict[str, int] = {}  # kind of pass -> batches it had the last time
         self._num_validated = 0
+        self._saves_are_quick = self._shows_save = False
         self.due_at: float = 0.0
 
     # --- fit --------------------------------------------------------------------------------------
@@ -161,15 +162,19 @@ class Bars(Callback):
         print(head + line, flush=True)
 
     def on_save_begin(self, logs: Any) -> None:
-        """Say why training stands still."""
+        """Say why training stands still; quick saves, one after the other, share redraws."""
         self._training.count = self.trainer.num_batches
         self._current = Bar(f"Saving step {self.trainer.step}", is_counted=False)
-        self._draw({})
+        if not self._saves_are_quick or self._current.start >= self.due_at:
+            self._draw({})
+            self._shows_save = True
 
     def on_save_end(self, logs: Any) -> None:
         """Go back to the epoch's bar, with the next batch."""
+        self._saves_are_quick = time.perf_counter() - self._current.start < REDRAW_SECONDS
         self._current = self._training
-        self.due_at = 0.0
+        if self._shows_save:
+            self._shows_save, self.due_at = False, 0.0
 
     def on_exception(self, error: BaseException) -> None:
         """Leave the terminal as it was."""

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from mlx_fit.callbacks.as_json import as_json, dumps
 from mlx_fit.callbacks.base import Callback
@@ -48,14 +48,20 @@ class RemoteLogger(Callback):
         max_queue: int = 1000,
     ) -> None:
         parts = urlsplit(url if isinstance(url, str) else "")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if parts.scheme not in ("http", "https") or not _has_address(parts):
             raise ConfigurationError(
                 f"RemoteLogger: url={url!r}; expected a text such as 'http://host:9000/publish'."
+            )
+        own = {} if headers is None else headers
+        texts = [*own.keys(), *own.values()] if isinstance(own, Mapping) else [own]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigurationError(
+                f"RemoteLogger: headers={headers!r}; expected a dict of texts, or None."
             )
         self.url = url
         self.num_sent = 0
         self.num_failed = 0
-        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._headers = {"Content-Type": "application/json", **own}
         self._timeout = number("RemoteLogger: timeout", timeout, 1e-3)
         self._max_queue = natural("RemoteLogger: max_queue", max_queue, 1)
         self._queue: queue.Queue[bytes | None] = queue.Queue()
@@ -149,3 +155,11 @@ class RemoteLogger(Callback):
                 self._failure = self._failure or f"{type(error).__name__}: {error}"
             else:
                 self.num_sent += 1
+
+
+def _has_address(parts: SplitResult) -> bool:
+    """Whether a URL names a host, and no port or one that can be."""
+    try:
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

@@ -15,7 +15,7 @@ from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.callbacks.board_hparams import experiment, session_end, session_start
 from mlx_fit.callbacks.event_files import open_writer, purge
 from mlx_fit.callbacks.pictures import as_pixels, heat_map, png
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.runtime.memory import active_bytes, cache_bytes, peak_bytes
 
@@ -75,7 +75,7 @@ class TensorBoard(Callback):
                 f"TensorBoard(write_graph={write_graph!r}): MLX keeps no graph of a model that "
                 "could be drawn; leave the argument out. trainer.summary() shows the layers."
             )
-        self.log_dir = Path(log_dir)
+        self.log_dir = path_of("TensorBoard: log_dir", log_dir)
         self._histogram_freq = natural("TensorBoard: histogram_freq", histogram_freq)
         self._every = _batches_between(update_freq)
         self._own_hparams = _checked_hparams(hparams)

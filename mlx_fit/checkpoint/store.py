@@ -23,6 +23,7 @@ from mlx_fit.checkpoint.format import (
     write_checkpoint,
 )
 from mlx_fit.checkpoint.policy import CheckpointPolicy
+from mlx_fit.checks import path_of
 from mlx_fit.errors import CheckpointError, CheckpointWriteError, NonFiniteLossError
 from mlx_fit.state import TrainState, sync_folder
 
@@ -40,7 +41,7 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = path_of("directory", directory)
 
     def steps(self) -> dict[int, Path]:
         """Folders with a checkpoint's name, whole or not, by step, in order."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mlx_fit._version import __version__
 from mlx_fit.cli import (
+    bench,
     demo,
     doctor,
     evaluate,
@@ -17,11 +18,13 @@ from mlx_fit.cli import (
     inspect,
     launch,
     report,
+    train,
 )
 from mlx_fit.cli.settings import UsageError, nearest
 from mlx_fit.errors import DistributedError, MlxFitError, Preempted
 
 VERBS = {
+    "bench": bench,
     "demo": demo,
     "doctor": doctor,
     "evaluate": evaluate,
@@ -31,6 +34,7 @@ VERBS = {
     "inspect": inspect,
     "launch": launch,
     "report": report,
+    "train": train,
 }
 
 

@@ -16,6 +16,7 @@ from mlx_fit.callbacks.csv_logger import CSVLogger
 from mlx_fit.callbacks.early_stopping import EarlyStopping
 from mlx_fit.callbacks.model_checkpoint import ModelCheckpoint
 from mlx_fit.callbacks.tensorboard import TensorBoard
+from mlx_fit.cli.results import print_table
 from mlx_fit.history import History
 from mlx_fit.trainer import Trainer
 
@@ -85,22 +86,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_result(out: Path, history: History, metrics: dict[str, float], seconds: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     epoch, accuracy = history.best("val_accuracy")
-    table = Table(title="Handwritten digits", show_header=False)
-    table.add_row(
-        "held-out accuracy", f"{metrics['accuracy']:.4f} (best: {accuracy:.4f}, epoch {epoch + 1})"
-    )
-    table.add_row("time", f"{seconds:.1f} s for {len(history.epoch)} epochs")
-    table.add_row("best weights", str(out / "best.safetensors"))
-    table.add_row("curves", str(out / "history.csv"))
-    table.add_row("TensorBoard files", str(out / "tensorboard"))
-    console = Console()
-    console.print(table)
-    console.print(f"Next: read what just ran in {__file__},")
-    console.print("see your machine with")
-    console.print("  mlx-fit doctor")
-    console.print("and the curves with")
-    console.print(f"  pip install tensorboard && tensorboard --logdir {out / 'tensorboard'}")
+    reached = f"{metrics['accuracy']:.4f} (best: {accuracy:.4f}, epoch {epoch + 1})"
+    rows = [
+        ("held-out accuracy", reached),
+        ("time", f"{seconds:.1f} s for {len(history.epoch)} epochs"),
+        ("best weights", str(out / "best.safetensors")),
+        ("curves", str(out / "history.csv")),
+        ("TensorBoard files", str(out / "tensorboard")),
+    ]
+    print_table("Handwritten digits", rows)
+    print(f"Next: read what just ran in {__file__},")
+    print("see your machine with")
+    print("  mlx-fit doctor")
+    print("and the curves with")
+    print(f"  pip install tensorboard && tensorboard --logdir {out / 'tensorboard'}")

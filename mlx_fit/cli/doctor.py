@@ -78,7 +78,7 @@ def report() -> dict[str, Any]:
         "devices": device.available(),
         "default_device": mx.default_device().type.name,
         "blas": vars(blas.status()) | {"pth": _installed_pth()},
-        "gflops": _speeds(),
+        "gflops": speeds(),
         "compiler": _compiler(),
         "compile_error": _compile_error(),
         "compile_cache": _compile_cache(),
@@ -127,7 +127,7 @@ def _installed_pth() -> str | None:
     return str(path) if path.exists() else None
 
 
-def _speeds() -> dict[str, dict[str, float]]:
+def speeds() -> dict[str, dict[str, float]]:
     """By device: GFLOP/s of a float32 product, and its largest relative error against NumPy."""
     values = np.random.default_rng(0).standard_normal((2, _SIDE, _SIDE)).astype(np.float32)
     exact = values[0] @ values[1]

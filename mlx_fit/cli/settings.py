@@ -174,6 +174,12 @@ def _toml(value: Any) -> str:
     return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
 
 
+def known(word: str, names: Iterable[str]) -> str:
+    """`` Did you mean 'x'?``, or all that there are."""
+    listed = list(names)
+    return nearest(word, listed) or f" Known are {', '.join(listed) or 'none'}."
+
+
 def nearest(word: str, names: Iterable[str]) -> str:
     """`` Did you mean 'x'?``, or nothing."""
     close = difflib.get_close_matches(word, list(names), 1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_fit.checks import path_of
 from mlx_fit.data.dataset import ArrayDataset
 from mlx_fit.errors import ConfigurationError, DataError
 
@@ -35,7 +38,7 @@ def read_csv(
     names: Sequence[str] | None = None,
     missing: float | None = None,
 ) -> ArrayDataset:
-    """The rows of a CSV file (RFC 4180, UTF-8), read into memory.
+    """The rows of a CSV file (RFC 4180, UTF-8; ``.gz`` is decompressed), read into memory.
 
     A column is int64 if all of its fields are whole numbers, float32 if all are numbers, and
     strings, as Python lists in batches, if its first field is no number. Whitespace around numbers
@@ -67,7 +70,7 @@ def read_csv(
         >>> x.tolist(), y.tolist()
         ([[3.0, 70.5], [2.0, 48.0]], [210, 150])
     """
-    path = Path(path)
+    path = path_of("path", path)
     if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n\0':
         raise ConfigurationError(f"delimiter={delimiter!r}; expected one character.")
     if isinstance(names, str):
@@ -102,7 +105,7 @@ def read_csv(
 
 def _lines(path: Path, delimiter: str) -> Iterator[str]:
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 start = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
                 try:
@@ -113,7 +116,7 @@ def _lines(path: Path, delimiter: str) -> Iterator[str]:
                     raise DataError(
                         f"byte 0x{byte:02x} is not UTF-8.", path=path, line=number, column=column
                     ) from error
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path) from error
 
 

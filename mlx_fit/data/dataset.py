@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -242,7 +242,20 @@ class ConcatDataset:
     """
 
     def __init__(self, datasets: Sequence[Any]) -> None:
+        if not isinstance(datasets, Iterable) or (
+            is_array(datasets) and not isinstance(datasets, list)
+        ):
+            raise ConfigurationError(
+                f"ConcatDataset got a {type(datasets).__name__}; expected a list of datasets, such "
+                "as ConcatDataset([first, second])."
+            )
         self.datasets = [rows_of(dataset) for dataset in datasets]
+        for dataset in self.datasets:
+            if not is_dataset(dataset):
+                raise ConfigurationError(
+                    f"ConcatDataset got a {type(dataset).__name__} among its datasets; expected "
+                    "datasets with a length and rows by index."
+                )
         self._ends = list(itertools.accumulate(map(len, self.datasets)))
 
     def __len__(self) -> int:
@@ -253,9 +266,51 @@ class ConcatDataset:
         which = bisect.bisect_right(self._ends, index)
         return self.datasets[which][index - (self._ends[which - 1] if which else 0)]
 
+    @property
+    def gives_batches(self) -> bool:
+        """Whether a part of it reads several rows faster than one by one."""
+        return any(hasattr(dataset, "__getitems__") for dataset in self.datasets)
+
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Any:
+        """A batch of arrays where the parts give arrays that are alike, else a list of its rows."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        which = np.searchsorted(self._ends, wanted, side="right")
+        places, batches = [], []
+        for part in np.unique(which).tolist():
+            place = np.flatnonzero(which == part)
+            own = wanted[place] - (self._ends[part - 1] if part else 0)
+            places.append(place)
+            batches.append(Subset(self.datasets[part], own).__getitems__(np.arange(len(own))))
+        if len(batches) == 1:
+            return batches[0]
+        if all(isinstance(batch, list) for batch in batches):
+            return list(_in_order(places, batches))
+        if batches and all(_is_alike(batch, batches[0]) for batch in batches):
+            back = np.argsort(np.concatenate(places))
+            columns = zip(*([leaf for _, leaf in flatten(batch)] for batch in batches), strict=True)
+            merged = (np.concatenate(column)[back] for column in columns)
+            return unflatten(skeleton(batches[0]), merged)
+        return [self[index] for index in wanted.tolist()]
+
     def seeded(self, seed: int, epoch: int) -> ConcatDataset:
         """See :class:`SeededDataset`."""
         return ConcatDataset([seeded(dataset, seed, epoch) for dataset in self.datasets])
+
+
+def _in_order(places: list[np.ndarray], batches: list[list[Any]]) -> Iterator[Any]:
+    rows = dict(zip(np.concatenate(places).tolist(), itertools.chain(*batches), strict=True))
+    return (rows[place] for place in range(len(rows)))
+
+
+def _is_alike(batch: Any, other: Any) -> bool:
+    """Whether two batches have arrays of the same names, types and shapes of rows."""
+    one, two = flatten(batch), flatten(other)
+    return skeleton(batch) == skeleton(other) and all(
+        isinstance(a, np.ndarray)
+        and isinstance(b, np.ndarray)
+        and (a.dtype, a.shape[1:]) == (b.dtype, b.shape[1:])
+        for (_, a), (_, b) in zip(one, two, strict=True)
+    )
 
 
 class Transformed(ABC):
@@ -367,7 +422,12 @@ def random_split(
         (8, 2)
     """
     rows = rows_of(dataset)
-    lengths = _lengths(lengths_or_fractions, len(rows))
+    if not isinstance(lengths_or_fractions, Iterable):
+        raise ConfigurationError(
+            f"random_split got {lengths_or_fractions!r}; lengths_or_fractions must be a list with "
+            "a length or a fraction for each part, such as [0.9, 0.1]."
+        )
+    lengths = _lengths([*lengths_or_fractions], len(rows))
     shuffled = order(seed, 0, len(rows))[:]
     ends = itertools.accumulate(lengths)
     return [

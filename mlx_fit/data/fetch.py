@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_fit.data.arrays import batch_dtype, flatten, skeleton, to_numpy, unflatten
 from mlx_fit.data.collate import collate
-from mlx_fit.data.dataset import ArrayDataset, Subset
+from mlx_fit.data.dataset import ArrayDataset, ConcatDataset, Subset
 from mlx_fit.data.table import TableDataset
 from mlx_fit.errors import DataError
 
@@ -50,8 +50,9 @@ def fetcher(
         return partial(_fetch_arrays, dataset)
     if isinstance(dataset, TableDataset) and collate_fn is not None:
         return partial(_fetch_whole, dataset.rows, collate_fn, check)
-    own = isinstance(dataset, ArrayDataset | Subset)
-    if hasattr(dataset, "__getitems__") and not (own and collate_fn is not None):
+    own = isinstance(dataset, ArrayDataset | Subset | ConcatDataset)
+    is_slow = isinstance(dataset, ConcatDataset) and not dataset.gives_batches
+    if hasattr(dataset, "__getitems__") and not (own and collate_fn is not None) and not is_slow:
         return partial(_fetch_whole, dataset.__getitems__, collate_fn, check)
     return partial(_fetch_rows, dataset, _collator(collate_fn, check), check)
 

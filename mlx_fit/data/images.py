@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = ["ImageFolder"]
@@ -66,7 +66,7 @@ class ImageFolder:
         suffixes: Iterable[str] = _SUFFIXES,
     ) -> None:
         _pillow()
-        self.root = Path(root)
+        self.root = path_of("root", root)
         self.size = None if size is None else _checked_size(size)
         if mode not in _CHANNELS:
             raise ConfigurationError(f"mode={mode!r}; expected one of {', '.join(_CHANNELS)}.")

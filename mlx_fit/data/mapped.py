@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy_format
 
+from mlx_fit.checks import path_of
 from mlx_fit.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def open_arrays(path: str | Path) -> Any:
     """
     import zipfile  # slow to import
 
-    path = Path(path)
+    path = path_of("path", path)
     field: str | None = None
     try:
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import mlx.core as mx
 
@@ -55,15 +56,15 @@ class Buckets:
         found: Named = {}
         for names in self._grouped(arrays):
             parts = [arrays[name] for name in names]
-            joined = parts[0] if len(parts) == 1 else mx.concatenate([p.reshape(-1) for p in parts])
-            (total,) = ring.sum([joined], "gradients")
             if len(parts) == 1:
-                found[names[0]] = total
+                (found[names[0]],) = ring.sum(parts, "gradients")
                 continue
-            start = 0
-            for name, part in zip(names, parts, strict=True):
-                found[name] = total[start : start + part.size].reshape(part.shape)
-                start += part.size
+            # Held by nobody else, it is summed in place.
+            (total,) = ring.sum([mx.concatenate([p.reshape(-1) for p in parts])], "gradients")
+            ends = [*accumulate(part.size for part in parts)]
+            pieces = mx.split(total, ends[:-1])
+            for name, part, piece in zip(names, parts, pieces, strict=True):
+                found[name] = piece.reshape(part.shape)
         return {name: found[name] for name in arrays}
 
     def _grouped(self, arrays: Named) -> Iterator[list[str]]:

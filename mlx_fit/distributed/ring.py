@@ -25,6 +25,7 @@ from mlx_fit.errors import (
     Preempted,
 )
 
+_MESSAGE = 0x6D6C7866  # the first word of a message: what is anything else was none
 WAITING = "header"  # the phase in which ranks wait for the slowest: its message is small
 
 # Set by mlx.launch and mlx-fit launch, by Open MPI and by MPICH's relatives.
@@ -128,17 +129,32 @@ class Ring:
         self.step = step
 
     def sum(self, arrays: list[mx.array], phase: str = "sum") -> list[mx.array]:
-        """Elementwise sums over the ranks, evaluated, in the order of ``arrays``."""
-        return [self._run(mx.distributed.all_sum, array, phase) for array in arrays]
+        """Elementwise sums over the ranks, evaluated, in the order of ``arrays``.
+
+        The list is emptied: what nobody else holds is summed in place.
+        """
+        arrays.reverse()
+        return [self._run(mx.distributed.all_sum, arrays, phase) for _ in range(len(arrays))]
 
     def gather_arrays(self, array: mx.array, phase: str = "gather") -> mx.array:
         """The arrays of all ranks, equal in shape, joined along their first axis."""
-        return self._run(mx.distributed.all_gather, array, phase)
+        return self._run(mx.distributed.all_gather, [array], phase)
 
     def gather(self, message: bytes) -> list[bytes]:
-        """The messages of all ranks, by rank."""
-        lengths = self.gather_arrays(mx.array([len(message)], mx.int32), "message")
-        sizes: list[int] = lengths.tolist()  # type: ignore[assignment]
+        """The messages of all ranks, by rank.
+
+        Raises:
+            DistributedError: another rank is not in here, but in another collective.
+        """
+        begun = self.gather_arrays(mx.array([_MESSAGE, len(message)], mx.int32), "message")
+        words: list[int] = begun.tolist()  # type: ignore[assignment]
+        if words[::2] != [_MESSAGE] * self.size:
+            raise DistributedError(
+                f"Rank {self.rank} exchanges a message where another rank does something else: "
+                "they are not at the same place. All ranks must call fit, evaluate, predict, save "
+                "and load together, also in callbacks: none of them under `if trainer.rank == 0:`."
+            )
+        sizes = words[1::2]
         longest = max(sizes)
         padded = np.zeros(longest, np.uint8)
         padded[: len(message)] = np.frombuffer(message, np.uint8)
@@ -146,19 +162,22 @@ class Ring:
         rows = found.reshape(self.size, longest)
         return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
-    def _run(self, collective: Callable[..., mx.array], array: mx.array, phase: str) -> mx.array:
+    def _run(
+        self, collective: Callable[..., mx.array], arrays: list[mx.array], phase: str
+    ) -> mx.array:
+        """The collective of the last of some arrays, which is taken from the list."""
         if self._link.failure is not None:
             raise DistributedError(
                 f"No collective runs after one has failed: {self._link.failure}"
             ) from self._link.failure
-        mx.eval(array)  # what can fail on this rank alone fails here, where nobody waits yet
+        mx.eval(arrays[-1])  # what can fail on this rank alone fails here, where nobody waits yet
         self.num_collectives += 1
-        self.num_bytes += array.nbytes
+        self.num_bytes += arrays[-1].nbytes
         start = perf_counter()
         try:
             with self._link.plane.watching(self.step, phase):
                 # On the CPU: a GPU's buffer that waits for a slow peer is killed after seconds.
-                result = collective(array, group=self._link.group, stream=mx.cpu)
+                result = collective(arrays.pop(), group=self._link.group, stream=mx.cpu)
                 mx.eval(result)  # host synchronisation with all ranks
         except BaseException as error:
             self._link.failure = error

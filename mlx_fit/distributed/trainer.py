@@ -56,7 +56,9 @@ class DistributedTrainer(Trainer):
         balance: measure in each epoch how fast the ranks are, and let faster ones read more rows
             of each batch in the next: results stay the same up to rounding. For data that the
             trainer splits.
-        options: the other arguments of :class:`Trainer`.
+        options: the other arguments of :class:`Trainer`. With ``on_oom="split"`` a rank that runs
+            out of memory makes all of them compute that window, and what follows, in equally small
+            parts; they agree with one number an update.
 
     Attributes:
         rank, size: of this process, from 0, and how many there are.
@@ -103,12 +105,6 @@ class DistributedTrainer(Trainer):
         self.rank, self.size = rank_and_size()
         if self.size == 1:
             return
-        if self._splitters is not None:
-            raise ConfigurationError(
-                f"on_oom='split' is for one process, and here are {self.size} ranks, which would "
-                "have to split alike. Use on_oom='raise', and a smaller batch_size with "
-                "gradient_accumulation."
-            )
         plan = {"parameters": plan_of(model), "strategy": chosen.name, "seed": self._seed}
         self.communicator = ring = connect(self.rank, self.size, policy.timeouts, plan, uneven)
         with reporting(ring):

@@ -49,6 +49,7 @@ class Windows:
 
     Attributes:
         votes: what this rank asks for.
+        rank: this process's.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Windows:
         scales_loss: bool,
     ) -> None:
         self.votes: Votes = NoVotes()
+        self.rank = ring.rank
         self._ring = ring
         self._strategy = strategy
         self._scales_loss = scales_loss
@@ -78,6 +80,12 @@ class Windows:
         self._key = RandomState()
         if self._ring.rank:
             RandomState(folded(self._key.words, self._ring.rank, number)).restore()
+
+    def gather_number(self, number: int) -> list[int]:
+        """A number of every rank. Here ranks wait for the slowest, if they meet so at all."""
+        found = self._ring.gather_arrays(mx.array([number], mx.int32), WAITING)
+        numbers: list[int] = found.tolist()  # type: ignore[assignment]
+        return numbers
 
     def close(self, model: nn.Module, window: list[Any], sums: Sums, number: int) -> Shared:
         """Put the parts of all ranks together."""

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fit._tree import assign, named_arrays
+from mlx_fit.checks import path_of
 from mlx_fit.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -258,7 +259,7 @@ def _unfreeze(model: nn.Module, name: str) -> None:
 
 def _directory(directory: Any) -> Path:
     try:
-        path = Path(directory)
+        path = path_of("directory", directory)
     except TypeError as error:
         raise ConfigurationError(f"directory={directory!r}; expected a path.") from error
     if path.suffix == ".safetensors":

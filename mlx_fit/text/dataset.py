@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_fit.checks import natural
+from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.text.fields import describe
 from mlx_fit.text.formats import FIELDS, FORMATS, Completion, Example, recognised
@@ -137,7 +137,7 @@ class TextDataset:
         if cache_dir is not None:
             options = (self.format, train_on, *self._limit, on_error, use_chat_template)
             key = json.dumps([_VERSION, options, self._renamed, type(rows).__name__, rows.digest()])
-            folder = Path(cache_dir) / _digest(key + encoder.fingerprint())
+            folder = path_of("cache_dir", cache_dir) / _digest(key + encoder.fingerprint())
         cached = load(folder) if folder else None
         self.store = cached or self._read(rows, encoder, train_on, on_error, folder)
         self._tallies = {

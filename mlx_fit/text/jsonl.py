@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_fit.checks import path_of
 from mlx_fit.errors import DataError
 from mlx_fit.text.rows import Place, Rows
 
@@ -41,7 +42,7 @@ class LineFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = path_of("path", path)
         self._map = _mapped(self.path)
         ends = _newlines(self._map)
         size = len(self._map)

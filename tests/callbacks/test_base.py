@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toys import Do, Recorder, raising, ramp, trainer_of
 
-from mlx_fit import Callback, ConfigurationError, LambdaCallback
+from mlx_fit import Callback, ConfigurationError, EarlyStopping, LambdaCallback
 from mlx_fit.callbacks.base import CallbackList, numbers
 
 
@@ -47,6 +47,15 @@ def test_something_that_is_no_callback_is_refused():
     for wrong in (print, Callback, {"a": Recorder()}, "early stopping"):
         with pytest.raises(ConfigurationError, match="expected Callback objects"):
             CallbackList([wrong], trainer_of(), {})
+
+
+def test_one_object_twice_is_refused_and_an_iterable_is_a_list():
+    stops = EarlyStopping("loss")
+    with pytest.raises(ConfigurationError, match="one EarlyStopping object twice"):
+        trainer_of().fit(ramp(1), callbacks=[stops, [stops]], verbose=0)
+    heard = Recorder()
+    trainer_of().fit(ramp(1), callbacks=(c for c in [heard, EarlyStopping("loss")]), verbose=0)
+    assert heard.names[0] == "train_begin"
 
 
 def test_a_failing_on_exception_hides_neither_the_error_nor_the_other_callbacks():

@@ -156,7 +156,17 @@ def test_the_folder_holds_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
-@pytest.mark.parametrize("separator", ["", "ab", None])
+@pytest.mark.parametrize("separator", ["", "ab", None, "\n", '"'])
 def test_a_separator_is_one_character(separator):
     with pytest.raises(ConfigurationError, match=r"expected one character"):
         CSVLogger("log.csv", separator=separator)
+
+
+def test_append_is_true_or_false(tmp_path):
+    with pytest.raises(ConfigurationError, match="CSVLogger: append="):
+        CSVLogger(tmp_path / "log.csv", append="log.csv")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        CSVLogger(tmp_path)

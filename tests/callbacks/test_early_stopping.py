@@ -252,12 +252,16 @@ def test_its_state_goes_through_json_and_arrays_and_a_new_patience_wins():
     ("options", "says"),
     [
         ({"monitor": None}, r"EarlyStopping\(monitor=None\)"),
-        ({"min_delta": "small"}, r"EarlyStopping\(min_delta='small'\)"),
-        ({"patience": -1}, r"EarlyStopping\(patience=-1\)"),
-        ({"patience": 1.5}, r"EarlyStopping\(patience=1.5\)"),
+        ({"min_delta": "small"}, "EarlyStopping: min_delta='small'"),
+        ({"patience": -1}, "EarlyStopping: patience=-1"),
+        ({"patience": 1.5}, "EarlyStopping: patience=1.5"),
         ({"mode": "lowest"}, r"EarlyStopping\(mode='lowest'\); expected 'auto', 'min' or 'max'"),
-        ({"baseline": "0.5"}, r"EarlyStopping\(baseline='0.5'\)"),
-        ({"start_from_epoch": -1}, r"EarlyStopping\(start_from_epoch=-1\)"),
+        ({"baseline": "0.5"}, "EarlyStopping: baseline='0.5'"),
+        ({"baseline": float("nan")}, "EarlyStopping: baseline=nan"),
+        ({"patience": True}, "EarlyStopping: patience=True"),
+        ({"min_delta": True}, "EarlyStopping: min_delta=True"),
+        ({"restore_best_weights": "yes"}, "EarlyStopping: restore_best_weights='yes'"),
+        ({"start_from_epoch": -1}, "EarlyStopping: start_from_epoch=-1"),
     ],
 )
 def test_a_wrong_argument_is_named(options, says):

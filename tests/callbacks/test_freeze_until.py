@@ -198,7 +198,9 @@ def test_freezing_everything_is_refused_by_the_step():
         trainer_of().fit(batches(), callbacks=FreezeUntil(1, "*"), verbose=0)
 
 
-@pytest.mark.parametrize(("epoch", "parts"), [(-1, "a"), (1.5, "a"), (1, []), (1, [3]), ("1", "a")])
+@pytest.mark.parametrize(
+    ("epoch", "parts"), [(-1, "a"), (1.5, "a"), (1, []), (1, [3]), (1, 3), (1, None), ("1", "a")]
+)
 def test_wrong_arguments_are_named(epoch, parts):
     with pytest.raises(ConfigurationError, match=r"FreezeUntil: (epoch|parts)="):
         FreezeUntil(epoch, parts)

@@ -153,3 +153,8 @@ def test_a_resumed_run_has_each_row_once(tmp_path, kind, append):
 def test_wrong_arguments_are_named(path, append, says):
     with pytest.raises(ConfigurationError, match=f"JSONLogger: {says}"):
         JSONLogger(path, append)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        JSONLogger(tmp_path)

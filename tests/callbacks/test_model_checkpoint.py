@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import time
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
-from toys import Do, batch_of, ramp, rows_of_ones, scripted, trainer_of, weight_of
+from toys import Do, Recorder, batch_of, ramp, rows_of_ones, scripted, trainer_of, weight_of
 
 from mlx_fit import (
     CheckpointWriteError,
@@ -273,6 +275,13 @@ def test_its_state_goes_through_json(tmp_path):
         ({"mode": "best"}, r"mode='best'"),
         ({"monitor": 3}, r"monitor=3"),
         ({"keep": 0}, r"keep=0"),
+        ({"keep": True}, r"keep=True"),
+        ({"save_freq": True}, r"save_freq=True"),
+        ({"save_best_only": "val_loss"}, "save_best_only='val_loss'; expected True or False"),
+        ({"initial_value_threshold": "x"}, "initial_value_threshold='x'"),
+        ({"initial_value_threshold": math.nan}, "initial_value_threshold=nan"),
+        ({"filepath": 3}, "filepath=3; expected a path"),
+        ({"filepath": ""}, "filepath is empty"),
         ({"save_weights_only": False}, "holds weights only"),
         ({"save_freq": 5, "save_best_only": True}, "Use save_freq='epoch'"),
     ],
@@ -280,6 +289,11 @@ def test_its_state_goes_through_json(tmp_path):
 def test_a_wrong_argument_is_named_at_construction(options, says):
     with pytest.raises(ConfigurationError, match=says):
         ModelCheckpoint(**({"filepath": "w.safetensors"} | options))
+
+
+def test_numpys_integers_are_integers(tmp_path):
+    fit(ModelCheckpoint(tmp_path / "{step}.safetensors", save_freq=np.int64(2)), num_batches=4)
+    assert names(tmp_path) == ["2.safetensors", "4.safetensors"]
 
 
 @pytest.mark.parametrize("path", ["{epoch:zz}", "{val_loss:d}", "{epoch.real.x}", "{batch[0]}"])
@@ -292,3 +306,26 @@ def test_the_batch_of_an_epochs_end_is_its_last(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "{epoch}-{batch}.safetensors")
     trainer_of().fit(rows_of_ones(10), epochs=2, verbose=0, callbacks=checkpoint)
     assert names(tmp_path) == ["1-3.safetensors", "2-3.safetensors"]
+
+
+def test_others_hear_of_its_saves_once_and_their_time_is_not_that_of_training(tmp_path):
+    heard, looks = Recorder(), []
+    slow = Do("on_save_begin", lambda run: time.sleep(0.05))
+    begin = Do("on_epoch_begin", lambda run: looks.append(time.perf_counter()))
+    end = Do("on_epoch_end", lambda run: looks.extend([time.perf_counter(), run.pace.seconds]))
+    saves = ModelCheckpoint(tmp_path / "w.safetensors", save_freq=2)
+    callbacks = [heard, saves, slow, begin, end]
+    trainer_of().fit(ramp(4), callbacks=callbacks, verbose=0, checkpoint_dir=tmp_path / "all")
+    assert heard.names.count("save_begin") == heard.names.count("save_end") == 3
+    assert heard.names.index("save_begin") < heard.names.index("epoch_end")
+    start, stop, seconds = looks
+    assert seconds <= stop - start - 0.1
+
+
+def test_a_callback_that_saves_when_told_of_a_save_is_not_told_of_its_own(tmp_path):
+    heard = Recorder()
+    again = Do("on_save_begin", lambda run: run.save_weights(tmp_path / "again.safetensors"))
+    saves = ModelCheckpoint(tmp_path / "w.safetensors")
+    trainer_of().fit(ramp(2), callbacks=[heard, saves, again], verbose=0)
+    assert heard.names.count("save_begin") == 1
+    assert (tmp_path / "again.safetensors").exists()

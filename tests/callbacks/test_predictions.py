@@ -113,6 +113,14 @@ def test_inputs_and_outputs_may_be_dicts(tmp_path):
     assert "first: 1" in callback.table()
 
 
+@pytest.mark.parametrize("x", [np.ones((2, 4), np.float32), [[1.0] * 4, [1.0] * 4]])
+def test_weights_are_not_looked_at_and_lists_are_rows(tmp_path, x):
+    callback = Predictions((x, np.zeros((2, 3)), np.ones(2)), tmp_path)
+    trainer_of().fit(ramp(1), callbacks=callback, verbose=0)
+    assert callback.outputs.shape == (2, 3)
+    assert callback.table().splitlines()[0] == "| row | target | output |"
+
+
 def test_long_outputs_are_cut(tmp_path):
     model = nn.Linear(4, 20)
     callback = Predictions(np.ones((1, 4), np.float32), tmp_path)
@@ -126,6 +134,10 @@ def test_long_outputs_are_cut(tmp_path):
     [
         ((np.ones((2, 4)), np.ones(3)), {}, "2 rows of inputs and 3 of targets"),
         (np.ones((0, 4)), {}, "0 rows"),
+        (3, {}, "data=3; expected arrays"),
+        ({}, {}, "data={}; expected arrays"),
+        ((), {}, "0 rows"),
+        (np.ones((2, 4)), {"class_names": "abc"}, "class_names='abc'"),
         (np.ones((2, 4)), {"every": 0}, "every=0"),
         (np.ones((2, 4)), {"max_rows": 0}, "max_rows=0"),
     ],

@@ -138,3 +138,22 @@ def test_a_new_fit_is_measured_anew_and_evaluate_is_not():
 def test_a_wrong_argument_is_named(options, says):
     with pytest.raises(ConfigurationError, match=f"Profiler: {says}"):
         Profiler(**options)
+
+
+def test_what_callbacks_do_while_another_saves_is_counted_once(tmp_path):
+    profiler = Profiler(prints=False)
+    told = Do("on_save_begin", sleeping(0.1))
+    start = time.perf_counter()
+    fit(profiler, told, ModelCheckpoint(tmp_path / "w.safetensors"), data=ramp(2))
+    assert sum(profiler.seconds.values()) <= time.perf_counter() - start
+    assert profiler.seconds["checkpoints"] > 0.1
+    assert "Do.on_save_begin" not in profiler.hooks
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        Profiler(tmp_path)
+    (tmp_path / "file").touch()
+    profiler = Profiler(tmp_path / "file" / "trace.json", prints=False)
+    with pytest.warns(UserWarning, match="could not write its trace"):
+        assert fit(profiler).epoch == [0]

@@ -15,7 +15,7 @@ import types
 import pytest
 from toys import Do, raising, ramp, trainer_of
 
-from mlx_fit import ConfigurationError, LambdaCallback
+from mlx_fit import ConfigurationError, LambdaCallback, ModelCheckpoint, TerminateOnNaN
 from mlx_fit.callbacks import format, progress
 from mlx_fit.callbacks.format import (
     format_seconds,
@@ -295,6 +295,38 @@ def test_saving_has_a_line_below_the_bar(paper, tmp_path, every):
     assert [lines[1] for lines in saving] == expected
     assert saving[-1][0].startswith("Training ━━")
     assert paper.is_clear
+
+
+@pytest.mark.usefixtures("every_batch")
+@pytest.mark.parametrize("name", ["w.safetensors", "whole"])
+@pytest.mark.parametrize(("freq", "steps"), [(1, [1, 2]), ("epoch", [2])])
+def test_what_a_callback_saves_has_its_line_as_well(paper, tmp_path, name, freq, steps):
+    saves = ModelCheckpoint(tmp_path / name, save_freq=freq)
+    trainer_of().fit(ramp(2), callbacks=saves, verbose=1)
+    saving = [lines for lines in paper.frames if lines[-1].startswith("Saving")]
+    assert [lines[1] for lines in saving] == [f"Saving step {step}" for step in steps]
+    assert all(lines[0].startswith("Training ━━") for lines in saving)
+    assert not any("Saving" in line for lines in paper.frames for line in lines[:1])
+
+
+def test_quick_saves_share_redraws(paper, tmp_path):
+    start = time.perf_counter()
+    trainer = trainer_of(learning_rate=0.0)
+    saves = ModelCheckpoint(tmp_path / "w.safetensors", save_freq=1)
+    trainer.fit(ramp(100), callbacks=saves, verbose=1)
+    slow = (time.perf_counter() - start) / 0.1  # a save may be slow on a busy machine
+    assert 1 <= sum("Saving" in lines[-1] for lines in paper.frames) <= 2 + 2 * slow
+
+
+def test_a_save_that_fails_quietly_leaves_the_bar(paper, tmp_path):
+    saves = ModelCheckpoint(tmp_path / "w.safetensors")
+    bars = Bars()
+    trainer = trainer_of(learning_rate=1e30)
+    with pytest.warns(UserWarning, match="safetensors"):
+        trainer.fit(
+            ramp(2), epochs=2, callbacks=[TerminateOnNaN(), saves, bars], verbose=0, log_every=1
+        )
+    assert not bars._current.title.startswith("Saving")
 
 
 def ms_of(line):

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import random
 from pathlib import Path
@@ -217,3 +218,19 @@ def check_rows(dataset, content, options):
             else:
                 same = field == value
             assert same, (content, name, field, value)
+
+
+def test_a_compressed_file_is_read_like_any_other(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"a,b\n1,2\n3,4\n"))
+    assert [row["b"] for row in read_csv(path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", gzip.compress(b"a,b\n1,2\n" * 99)[:-9]], ids=["plain", "cut"]
+)
+def test_a_compressed_file_that_is_none_or_ends_early_is_a_data_error(tmp_path, content):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_csv(path)

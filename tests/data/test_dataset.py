@@ -122,6 +122,66 @@ def test_datasets_are_concatenated_in_order():
         joined[4]
 
 
+def pair(start, stop, dtype=np.float32):
+    x = np.arange(start, stop, dtype=dtype)
+    return ArrayDataset((np.stack([x, -x], axis=1), x.astype(np.int64)))
+
+
+class Counted(ArrayDataset):
+    """Counts the rows that are asked for one by one."""
+
+    num_single = 0
+
+    def __getitem__(self, index):
+        self.num_single += 1
+        return super().__getitem__(index)
+
+
+def test_concatenated_arrays_are_read_as_whole_batches():
+    parts = [Counted(np.arange(start, start + 4)) for start in (0, 4, 8)]
+    joined = ConcatDataset([parts[0], Subset(parts[1], [3, 2, 1, 0]), parts[2]])
+    batch = joined.__getitems__(np.array([11, 0, 4, 8, 3, 4]))
+    np.testing.assert_array_equal(batch, [11, 0, 7, 8, 3, 7])
+    assert [part.num_single for part in parts] == [0, 0, 0]
+    assert len(list(DataLoader(joined, batch_size=5, shuffle=True))) == 3
+    assert [part.num_single for part in parts] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [pair(0, 5), pair(5, 9)],
+        [pair(0, 5), pair(5, 9, np.float16)],
+        [pair(0, 5), [(np.array([5.0, -5.0], np.float32), 5)], pair(6, 9)],
+        [[(np.array([i, -i], np.float32), i) for i in range(4)], pair(4, 9)],
+        [pair(0, 9), pair(9, 9)],
+    ],
+    ids=["alike", "of two precisions", "a list between", "a list first", "an empty one"],
+)
+def test_a_batch_over_several_datasets_has_the_rows_in_the_order_asked_for(parts):
+    order = [8, 0, 5, 3, 3]
+    loader = DataLoader(ConcatDataset(parts), batch_sampler=[order])
+    ((x, y),) = loader
+    np.testing.assert_array_equal(x, [[i, -i] for i in order])
+    np.testing.assert_array_equal(y, order)
+
+
+def test_a_collate_fn_gets_the_rows_of_concatenated_arrays():
+    loader = DataLoader(ConcatDataset([pair(0, 2), pair(2, 4)]), batch_size=4, collate_fn=len)
+    assert list(loader) == [4]
+
+
+@pytest.mark.parametrize("given", [3, None, "ab", np.arange(3), [3]])
+def test_what_holds_no_datasets_cannot_be_concatenated(given):
+    with pytest.raises(ConfigurationError, match="dataset"):
+        ConcatDataset(given)
+
+
+def test_a_split_needs_a_list():
+    with pytest.raises(ConfigurationError, match=r"random_split got 0.5.*\[0.9, 0.1\]"):
+        random_split(np.arange(10), 0.5)
+
+
 @pytest.mark.parametrize("text", ["data/train.csv", b"train"])
 def test_text_is_no_dataset_of_its_characters(text):
     for read in (DataLoader, lambda data: Subset(data, [0]), lambda data: ConcatDataset([data])):

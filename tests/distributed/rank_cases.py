@@ -413,6 +413,60 @@ def buckets(folder):
     return found
 
 
+@case
+def bytes_of_a_sum(folder):
+    """The most memory that a sum of gradients takes beside these, in their size."""
+    trainer = trainer_of()
+    gradients = {str(i): mx.ones((1000, 100)) * i for i in range(4)}
+    mx.eval(gradients)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    sums = Buckets(SyncPolicy()).summed(trainer.communicator, gradients)
+    mx.eval(sums)
+    taken = mx.get_peak_memory() - before
+    found = {name: value.min().item() for name, value in sums.items()}
+    return {"share": taken / 1_600_000, "sums": found, "kept": gradients["3"].max().item()}
+
+
+class WaitsAtOnce(Callback):
+    def on_train_begin(self, logs):
+        self.trainer._train_step._overlaps = False
+
+
+@case
+def overlapped(folder):
+    """The next batch is fetched while the update is computed, or after it."""
+    runs = []
+    for callbacks in ((), (WaitsAtOnce(),)):
+        trainer = trainer_of(
+            mlp(0, nn.BatchNorm(16), nn.Dropout(0.2)), optim.AdamW(0.01), gradient_accumulation=2
+        )
+        runs.append(fitted(trainer, callbacks=list(callbacks)))
+    return {"same": runs[0] == runs[1], "overlaps": trainer_of()._new_train_step()._overlaps}
+
+
+class SaveInWindow(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, batch, logs):
+        if batch == 4 and self.trainer.epoch == 0:  # the second of three batches of a window
+            self.trainer.save(self.path)
+
+
+@case
+def saved_in_a_window(folder):
+    def make():
+        optimizer = optim.AdamW(0.01)
+        return trainer_of(
+            optimizer=optimizer, gradient_accumulation=3, metrics=("accuracy", "auroc")
+        )
+
+    whole = fitted(make(), rows(96), callbacks=SaveInWindow(folder / "saved"))
+    other = {"checkpoint_dir": folder / "other", "resume": folder / "saved"}
+    return {"whole": whole, "resumed": fitted(make(), rows(96), **other)}
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 
@@ -794,6 +848,29 @@ def out_of_step(folder):
     return error_of(lambda: trainer.save_weights(folder / "w.safetensors"))
 
 
+class OnOneRank(Callback):
+    def __init__(self, rank, act):
+        self.rank, self.act = rank, act
+
+    def on_train_batch_end(self, batch, logs):
+        if self.rank == RANK and batch == 2:
+            self.act(self.trainer)
+
+
+def on_one_rank(rank, act):
+    return error_of(lambda: fitted(trainer_of(), rows(96), callbacks=OnOneRank(rank, act)))
+
+
+@case
+def saved_by_rank_0_alone(folder):
+    return on_one_rank(0, lambda trainer: trainer.save_weights(folder / "w.safetensors"))
+
+
+@case
+def evaluated_by_rank_1_alone(folder):
+    return on_one_rank(1, lambda trainer: trainer.evaluate(rows(24), verbose=0))
+
+
 @case
 def other_arguments(folder):
     return [
@@ -853,9 +930,14 @@ def terminated(folder):
 
 ENDING = ("terminated",)
 
-if __name__ == "__main__":
+
+def main():
     folder = Path(sys.argv[1])
     results = {}
     for name in sys.argv[2:]:
         results[name] = CASES[name](folder / name)
     (folder / f"rank{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

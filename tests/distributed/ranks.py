@@ -69,10 +69,10 @@ def end(processes, seconds=LIMIT_SECONDS):
     return [process.returncode for process in processes]
 
 
-def run_cases(size, names, folder):
-    """What functions of ``rank_cases.py`` return, on each rank: name -> list by rank."""
+def run_cases(size, names, folder, script="rank_cases.py"):
+    """What functions of a script return, on each rank: name -> list by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    processes = start(size, [HERE / "rank_cases.py", folder, *names], folder)
+    processes = start(size, [HERE / script, folder, *names], folder)
     codes = end(processes)
     errors = "".join((folder / f"rank{rank}.err").read_text()[-3000:] for rank in range(size))
     assert codes == [0] * size, f"exit codes {codes}\n{errors}"

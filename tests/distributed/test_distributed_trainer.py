@@ -26,7 +26,7 @@ OF_TWO = [
     *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
     *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
     *("one_sum_an_update", "half_precision_sums", "own_lists", "own_predictions", "files"),
-    *("full_disk", "watched", "out_of_step"),
+    *("bytes_of_a_sum", "overlapped", "saved_in_a_window", "full_disk", "watched", "out_of_step"),
 ]
 DIFFERENT = ("dropout", "files", "own_predictions", "watched", "out_of_step")
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
@@ -214,6 +214,18 @@ def test_ranks_that_do_different_things_are_told_so(two):
         assert "not at the same place" in found["text"]
 
 
+@pytest.mark.parametrize(
+    ("name", "rank"), [("saved_by_rank_0_alone", 0), ("evaluated_by_rank_1_alone", 1)]
+)
+def test_what_one_rank_does_alone_in_a_callback_ends_all_and_says_why(name, rank, tmp_path):
+    found = run_cases(2, [name], tmp_path)[name]
+    assert found[rank]["type"] == "DistributedError"
+    assert (
+        "All ranks must call fit, evaluate, predict, save and load together" in found[rank]["text"]
+    )
+    assert found[1 - rank]["type"] in ("PeerError", "DistributedError")
+
+
 def test_one_rank_may_predict_a_batch_by_itself(two, tmp_path):
     first, second = two["own_predictions"]
     assert first["history"] == second["history"]
@@ -247,6 +259,26 @@ def test_watching_sends_no_more_in_a_step(two):
 def test_gradients_are_sent_once_an_update_whatever_the_accumulation(two):
     eight, two_updates = two["one_sum_an_update"][0]
     assert eight - two_updates == 6 * 2  # a header and one bucket each
+
+
+def test_gradients_are_summed_in_place_in_one_copy_of_them(two):
+    for found in two["bytes_of_a_sum"]:
+        assert found["share"] < 1.1
+        assert found["sums"] == {str(i): 2.0 * i for i in range(4)}
+        assert found["kept"] == 3.0  # what the caller holds is not touched
+
+
+def test_a_window_that_was_saved_half_full_has_the_gradients_of_all_ranks(two):
+    for found in two["saved_in_a_window"]:
+        whole, resumed = found["whole"], found["resumed"]
+        assert (resumed["step"], resumed["updates"]) == (whole["step"], whole["updates"])
+        assert_close(resumed["weights"], whole["weights"], tolerance=1e-6)
+        assert_close(resumed["history"], whole["history"], tolerance=1e-6)
+
+
+def test_what_is_fetched_meanwhile_changes_no_bit(two):
+    for found in two["overlapped"]:
+        assert found == {"same": True, "overlaps": mx.default_device() == mx.cpu}
 
 
 def test_half_precision_halves_the_bytes_and_keeps_the_digits_it_can(two):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     reason="RLIMIT_AS on Linux, and a CPU that allocates from it",
 )
 
+PASS_ROOM = 80  # MiB: less than the forward pass of the whole batch takes
 BEGIN = """
 import resource, sys
 import numpy as np
@@ -66,10 +67,33 @@ warnings.simplefilter("ignore")
 trainer = Trainer(model, optimizer, "cross_entropy", batch_size=16_000, on_oom="split")
 print("split", trainer.fit((x, y), verbose=0).history["loss"][0] < 1e3, trainer.micro_batch_size)
 """
+BARE_PASS = """
+print("predicted", mx.array(model(mx.array(x))).sum().item())
+"""
+PASSES = """
+trainer = Trainer(model, optimizer, "cross_entropy", batch_size=16_000)
+for work in (trainer.evaluate, trainer.predict, lambda data, verbose: Trainer(
+        model, optimizer, "cross_entropy", batch_size=64).fit(
+        (x[:64], y[:64]), [data], verbose=0)):
+    try:
+        print("went on", work((x, y), verbose=0))
+    except OutOfMemoryError as error:
+        print("raised", error.needed_bytes > error.limit_bytes, error.batch_size)
+        print(error)
+print("then", trainer.evaluate((x, y), batch_size=500, verbose=0)["loss"] < 1e3)
+"""
+SPLIT_PASSES = """
+import warnings
+warnings.simplefilter("ignore")
+trainer = Trainer(model, optimizer, "cross_entropy", batch_size=16_000, on_oom="split")
+print("loss", trainer.evaluate((x, y), verbose=0)["loss"] < 1e3)
+print("rows", trainer.predict(x, verbose=0).shape)
+"""
 
 
-def run(tmp_path, code):
-    command = [sys.executable, "-c", BEGIN + code, str(tmp_path / "run")]
+def run(tmp_path, code, room=200):
+    begin = BEGIN.replace("200 << 20", f"{room} << 20")
+    command = [sys.executable, "-c", begin + code, str(tmp_path / "run")]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -93,3 +117,24 @@ def test_fit_splits_and_trains_the_whole_batch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("split True")
     assert int(done.stdout.split()[-1]) < 16_000
+
+
+def test_a_forward_pass_by_hand_dies_of_a_failed_allocation(tmp_path):
+    done = run(tmp_path, BARE_PASS, PASS_ROOM)
+    assert done.returncode != 0
+    assert "predicted" not in done.stdout
+
+
+def test_evaluation_prediction_and_validation_raise_before_the_allocation(tmp_path):
+    done = run(tmp_path, PASSES, PASS_ROOM)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("raised True 16000") == 3
+    assert done.stdout.count("address space") == 3
+    assert "went on" not in done.stdout
+    assert "then True" in done.stdout
+
+
+def test_evaluation_and_prediction_are_split(tmp_path):
+    done = run(tmp_path, SPLIT_PASSES, PASS_ROOM)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["loss True", "rows (16000, 8)"]

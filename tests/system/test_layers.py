@@ -19,7 +19,8 @@ ROOT = Path(mlx_fit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # The last layer; within it, too, each imports only what comes before.
 RUN = [
-    *("signals", "timing", "probing", "plan", "foresight", "loop", "passes", "saving", "resuming"),
+    *("signals", "timing", "probing", "plan", "guard", "foresight", "pass_guard", "pass_steps"),
+    *("loop", "passes", "saving", "resuming"),
     *("arguments", "preparing", "recorder", "ending", "fit_state", "fit", "stateful", "trainer"),
     "lightning",
     *("distributed", "cli"),
