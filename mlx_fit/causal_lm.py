@@ -58,6 +58,8 @@ class CausalLM(Objective):
         z_loss: factor of ``logsumexp(logits)**2``, which keeps logits small (PaLM, arXiv
             2204.02311, section 5, uses 1e-4).
         chunk_size: tokens of the flattened batch whose logits are in memory at a time; None: all.
+            In either case positions that do not count are left out, up to an eighth of the batch,
+            where the head can be run apart from the body.
             The model must have its body apart from its head: ``model.model`` and what its
             ``__call__`` does with the result.
         aux_loss: ``f(model, outputs) -> scalar``, added to the mean loss of each batch, as for the

@@ -28,6 +28,8 @@ class BestAdapters(Callback):
         best_step: the updates that had been made then.
     """
 
+    first_rank_only = True
+
     def __init__(self, directory: Path, format: str) -> None:
         self.directory = directory
         self.best: float | None = None

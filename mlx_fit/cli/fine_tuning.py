@@ -32,9 +32,9 @@ from mlx_fit.cli.training import (
     make_optimizer,
     make_router_loss,
 )
+from mlx_fit.distributed.trainer import DistributedTrainer
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.history import History
-from mlx_fit.trainer import Trainer
 
 RECORD = "finetune.toml"
 
@@ -90,7 +90,7 @@ class FineTuning:
         self._router_loss = make_router_loss(self._model, settings)
         self._objective = make_objective(self._model, settings, self._router_loss)
         self._every = min(settings.eval_every, self._steps)
-        self._trainer = Trainer(
+        self._trainer = DistributedTrainer(  # alone it is a Trainer
             self._model,
             make_optimizer(settings, self._steps),
             objective=self._objective,
@@ -99,6 +99,9 @@ class FineTuning:
             clip_norm=settings.clip_norm,
             seed=settings.seed,
         )
+        self._is_first = self._trainer.rank == 0
+        if settings.test and self._trainer.size > 1:
+            raise ConfigurationError("--test is for one process: use mlx-fit evaluate afterwards.")
         self._directory = Path(settings.adapter_path).expanduser()
         self._best = BestAdapters(self._directory, settings.adapter_format)
         self._contexts = ExitStack()
@@ -117,11 +120,16 @@ class FineTuning:
         self._contexts.close()
 
     def print_plan(self) -> None:
-        """What trains, what the data is, what memory a step takes, how long the run is."""
+        """What trains, what the data is, what memory a step takes, how long the run is.
+
+        Of several ranks the first one prints, and none measures memory.
+        """
         settings = self._settings
+        if not self._is_first:
+            return
         print(finetune.statistics(self._model, self._trainer.optimizer), end="\n\n")
         print(describe_rows(self._rows, settings), end="\n\n")
-        if settings.plan:
+        if settings.plan and self._trainer.size == 1:
             print(self._trainer.plan(next(iter(self._batches))), end="\n\n")
         print(
             f"{self._num_train:,} rows in {len(self._batches):,} batches an epoch; {self._steps:,} "
@@ -137,6 +145,8 @@ class FineTuning:
 
     def print_batch(self) -> None:
         """The first batch as text."""
+        if not self._is_first:
+            return
         batch, tokenizer = next(iter(self._batches)), self._loaded.tokenizer
         if self._pairs:
             print_batch(as_text(batch), tokenizer, ("chosen: ", "rejected: "))
@@ -171,8 +181,11 @@ class FineTuning:
             print(f"Stopped after {trainer.step} updates; the same command with --resume goes on.")
             return history
         if self._valid is not None and trainer.step % self._every:
-            self._best.consider(trainer.evaluate(self._valid, steps=settings.eval_batches))
-        self._print_end(history)
+            found = trainer.evaluate(self._valid, steps=settings.eval_batches)
+            if self._is_first:
+                self._best.consider(found)
+        if self._is_first:
+            self._print_end(history)
         if settings.test:
             self._test()
         return history
@@ -185,8 +198,10 @@ class FineTuning:
         (self._directory / RECORD).write_text(toml_text(kept), encoding="utf-8")
 
     def _callbacks(self) -> list[Callback]:
+        recorder = LambdaCallback(on_train_begin=lambda logs: self._record())
+        recorder.first_rank_only = True
         found: list[Callback] = [
-            LambdaCallback(on_train_begin=lambda logs: self._record()),
+            recorder,
             self._best,
             JSONLogger(self._directory / "log.jsonl"),
         ]
