@@ -71,6 +71,12 @@ class Traced:
             restore(part, kept)
 
 
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays alone, compiled: what it does to each element becomes one kernel."""
+    compiled: Callable[..., Any] = mx.compile(function)
+    return compiled
+
+
 def names(tree: Any) -> Iterator[str]:
     """The dotted names of a tree's arrays."""
     return (name for name, leaf in leaves(tree) if isinstance(leaf, mx.array))

@@ -140,13 +140,13 @@ def _class_weights(weights: Mapping[Any, float] | None, objective: Any) -> Class
 
 
 def run_info(
-    prepared: Prepared, accumulation: int, verbose: int, settings: dict[str, Any]
+    prepared: Prepared, options: StepOptions, verbose: int, settings: dict[str, Any]
 ) -> RunInfo:
     """What callbacks are told of a fit.
 
     Args:
         prepared: the fit.
-        accumulation: batches to an update.
+        options: how a batch becomes an update.
         verbose: 0, 1 or 2.
         settings: the trainer's arguments, as plain values.
     """
@@ -159,9 +159,10 @@ def run_info(
         tuple(prepared.validation),
         schedule.validates_every is not None,
         source.batch_size or 0,
-        (source.batch_size or 0) * accumulation,
+        (source.batch_size or 0) * options.gradient_accumulation,
         verbose,
         settings | prepared.arguments,
+        options.compile,
     )
 
 

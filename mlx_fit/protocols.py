@@ -29,6 +29,7 @@ class RunInfo:
         rows_per_step: rows of an update: the batches of its window together.
         verbose: 0, 1 or 2.
         arguments: the trainer's and the run's arguments, as plain values, for records.
+        compiles: whether the step is compiled.
     """
 
     kind: str = "fit"
@@ -41,6 +42,7 @@ class RunInfo:
     rows_per_step: int = 0
     verbose: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    compiles: bool = True
 
     @property
     def has_validation(self) -> bool:

@@ -528,8 +528,7 @@ class Trainer(Stateful):
         if self._setup.optimizer is not self.optimizer:
             self._setup = OptimizerSetup(self.optimizer)
         settings = self._arguments | self._setup.settings
-        accumulation = self._options.gradient_accumulation
-        self.info = info = run_info(given, accumulation, verbose, settings)
+        self.info = info = run_info(given, self._options, verbose, settings)
         params = {"verbose": verbose, "epochs": info.epochs, "steps": info.steps_per_epoch}
         self.history = History(params, self.direction)
         return self.history

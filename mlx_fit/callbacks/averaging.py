@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_fit._tree import assign, named_arrays, place
 from mlx_fit.callbacks.base import Callback
+from mlx_fit.compiled import fused
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.rates import optimizers_of
 
@@ -37,6 +38,7 @@ class WeightAveraging(Callback, ABC):
         self._depth = 0  # evaluations may lie inside each other
         self._is_training = False
         self._claimed = False
+        self._mix: Callable[..., list[mx.array]] = _mix
 
     @abstractmethod
     def _refresh(self, epoch_is_over: bool) -> None:
@@ -68,6 +70,7 @@ class WeightAveraging(Callback, ABC):
         if self._model is not self.model:
             self._average, self._count = {}, mx.array(0.0)
         self._model = self.model
+        self._mix = fused(_mix) if self.trainer.info.compiles else _mix
         self._look()
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
@@ -134,8 +137,10 @@ class WeightAveraging(Callback, ABC):
         is_new = self._update_seen != before
         share = mx.where(is_new, self._share(self._count), 1.0)
         rest = mx.where(is_new, 1.0 - share, 0.0)
-        for name, container, key in self._places:
-            self._average[name] = share * self._average[name] + rest * container[key]
+        names = [name for name, _, _ in self._places]
+        averages = [self._average[name] for name in names]
+        weights = [container[key] for _, container, key in self._places]
+        self._average.update(zip(names, self._mix(averages, weights, share, rest), strict=True))
         self._count = self._count + is_new
         # On the CPU waiting is no slower, and other threads can use what was evaluated.
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
@@ -238,6 +243,12 @@ class WeightAveraging(Callback, ABC):
         self._places = []
         if self._is_training:
             self._look()
+
+
+def _mix(
+    averages: list[mx.array], weights: list[mx.array], share: mx.array, rest: mx.array
+) -> list[mx.array]:
+    return [share * a + rest * w for a, w in zip(averages, weights, strict=True)]
 
 
 def _wide(dtype: mx.Dtype) -> mx.Dtype:

@@ -297,6 +297,19 @@ def test_half_precision_is_averaged_in_float32():
     assert ema.state_dict()["averages"]["weight"].dtype == mx.float32
 
 
+@pytest.mark.parametrize("average", [lambda: EMA(0.9), lambda: EMA(0.9, warmup=True), SWA])
+def test_the_averages_of_an_eager_run_are_the_same_and_compile_nothing(average, monkeypatch):
+    found = []
+    for compiles in (True, False):
+        callback = average()
+        with monkeypatch.context() as patch:
+            if not compiles:
+                patch.setattr(mx, "compile", raising(AssertionError))
+            trainer_of(compile=compiles).fit(**ones(), epochs=3, callbacks=callback)
+        found.append(np.array(callback.averages()["weight"]))
+    np.testing.assert_array_equal(*found)
+
+
 def test_averaging_traces_nothing_anew():
     shapes = []
 
