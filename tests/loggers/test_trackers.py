@@ -163,6 +163,8 @@ def records_of(data):
             at += room
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):
+            return  # still being written
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -170,12 +172,23 @@ def records_of(data):
             parts = b""
 
 
-def rows_of(tmp_path):
-    """The history rows of all sessions, in order, and the ids of their runs."""
+def rows_of(tmp_path, exits=1):
+    """The history rows of all sessions, in order, the ids of their runs, and how they ended.
+
+    W&B's service writes the end of a file after ``finish()`` has returned: so many are awaited.
+    """
+    deadline = time.monotonic() + 60
+    while len((found := read_rows(tmp_path))[2]) < exits:
+        assert time.monotonic() < deadline, f"W&B has not written {exits} ends of a run: {found}"
+        time.sleep(0.05)
+    return found
+
+
+def read_rows(tmp_path):
     from wandb.proto import wandb_internal_pb2
 
     rows, ids, codes = [], [], []
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime):
+    for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):  # named by time
         for data in records_of(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
             if record.HasField("history"):
@@ -217,7 +230,7 @@ def test_wandb_goes_on_after_an_interruption_with_each_step_once(wandb, tmp_path
     fit(first, 3, more=[interrupt], **saved)
     time.sleep(1.1)  # wandb names a session's folder by the second
     fit(second, 3, **saved)
-    rows, ids, _ = rows_of(tmp_path)
+    rows, ids, _ = rows_of(tmp_path, exits=2)
     assert ids == {first.id} == {second.id}
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
