@@ -551,6 +551,30 @@ def test_the_total_of_several_outputs_is_the_sum_of_its_parts_however_batches_ar
         assert values == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [(1, 11), (11, 1), (1, 23), (12, 3), (2, 10), (21, 0)], ids=str)
+def test_factors_of_losses_are_not_mistaken_for_others_with_the_same_digits(weights):
+    """MLX names kernels by the digits of their constants and keeps them between programs."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def __call__(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    x = np.ones((4, 3), np.float32)
+    y = {"a": np.ones((4, 1), np.float32), "b": np.full((4, 1), 3.0, np.float32)}
+    found = []
+    for compiles in (True, False):
+        mx.random.seed(0)
+        factors = dict(zip("ab", weights, strict=True))
+        objective = Supervised({"a": "mse", "b": "mse"}, loss_weights=factors)
+        trainer = Trainer(Both(), optim.SGD(0.01), objective=objective, compile=compiles)
+        found.append(trainer.train_on_batch(x, y) | {"w": np.array(trainer.model.b.weight)[0, 0]})
+    assert found[0] == found[1]
+
+
 def test_one_named_output_weighs_like_an_unnamed_one():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 7, 4)).astype(np.float32), rng.integers(0, 5, (8, 7))
