@@ -283,8 +283,13 @@ def _parts(batch: Any) -> _Tokens:
             f"CausalLM got a batch of {found}; expected a NamedTuple with the fields tokens, "
             "targets, weights and segments, or a tuple (tokens, targets[, weights])."
         )
-    arrays = [p if p is None or hasattr(p, "shape") else np.asarray(p) for p in parts]
-    parts = _Tokens(*arrays)
+    for name, part in zip(_Tokens._fields, parts, strict=True):
+        if part is not None and not hasattr(part, "shape"):
+            raise DataError(
+                f"{name} are a {type(part).__name__}; expected an array of shape (batch, length), "
+                "such as np.array(rows).",
+                field=name,
+            )
     for name in ("tokens", "targets"):
         array = getattr(parts, name)
         if array is None or len(array.shape) != 2 or not _is_integer(array):

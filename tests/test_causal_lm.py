@@ -344,6 +344,12 @@ def test_a_mask_is_not_taken_for_targets():
             trainer.fit(data, verbose=0)
 
 
+def test_rows_as_lists_are_refused_in_words():
+    trainer = Trainer(make_llama(), optim.SGD(0.1), objective=CausalLM())
+    with pytest.raises(DataError, match=r"tokens are a list; expected an array"):
+        trainer.fit([([[1, 2, 3]], [[2, 3, 4]])], verbose=0)
+
+
 def test_bytes_may_be_tokens_and_targets():
     tokens = np.array([[1, 2, 3]], np.uint8)
     trainer = Trainer(make_llama(), optim.SGD(0.1), objective=CausalLM())

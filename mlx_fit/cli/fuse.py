@@ -26,7 +26,14 @@ SETTINGS = (
         "requantize", bool, False, "pack fused layers as they were; refused if that loses them"
     ),
     Setting("dequantize", bool, False, "write all layers unpacked, not the fused ones alone"),
-    Setting("tolerance", float, 1e-3, "largest difference of the logits, by their size", least=0.0),
+    Setting(
+        "tolerance",
+        float,
+        None,
+        "largest difference of the logits, by their size (default: "
+        "1e-3, more for a model in half precision)",
+        least=0.0,
+    ),
 )
 
 

@@ -33,7 +33,12 @@ FACTOR = re.compile(
     r"(?:\.default)?(?:\.weight)?"
 )
 # Kinds of adapters that our layers do not compute.
-OTHER_KINDS = ("lora_bias", "use_qalora", "use_bdlora", "target_parameters", "layer_replication")
+OTHER_KINDS = (
+    *("lora_bias", "use_qalora", "use_bdlora", "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config"),
+)
+# Beginnings that PEFT takes out of the base's weights again whenever it loads.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -175,6 +180,13 @@ def from_peft(
         )
     if used := [key for key in OTHER_KINDS if config.get(key)]:
         raise ConfigurationError(f"{path} uses {', '.join(used)}, which cannot be loaded here.")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASES):
+        raise ConfigurationError(
+            f"{path}: init_lora_weights is {start!r}, whose adapters belong to a changed base. "
+            "Save them for the base as it is, with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     _check_config(config, path)
     state = AdapterState()
     saved = tuple(config.get("modules_to_save") or ())

@@ -44,6 +44,8 @@ def targeted(model: nn.Module, targets: Iterable[str] | str | None) -> list[str]
                 f"layers with targets=[...]: {listed(_endings(candidates))}."
             )
         return names
+    if not isinstance(targets, Iterable):
+        raise ConfigurationError(f"targets={targets!r}; expected names of layers.")
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
         raise ConfigurationError(f"targets is empty; choose from {listed(_endings(candidates))}.")
@@ -116,6 +118,8 @@ def by_pattern(
     Raises:
         ConfigurationError: an entry stands for none of the names.
     """
+    if pattern is not None and not isinstance(pattern, Mapping):
+        raise ConfigurationError(f"{argument}={pattern!r}; expected a dict of target -> value.")
     values = dict.fromkeys(names, default)
     for target, value in (pattern or {}).items():
         matches = [name for name in names if is_target(name, target)]

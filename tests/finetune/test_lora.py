@@ -82,6 +82,8 @@ def test_targets_are_ends_of_names(targets, count):
         ),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern: 'q_prj' is no adapted layer. Did you"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern=0"),
+        ({"rank_pattern": ["q_proj"]}, "expected a dict of target -> value"),
+        ({"targets": 3}, "targets=3; expected names of layers"),
         ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern=-1"),
     ],
 )

@@ -63,6 +63,40 @@ def test_fusing_into_few_bits_is_refused_and_keeps_the_adapters():
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_model_in_half_precision_is_fused_without_a_tolerance(dtype, bits):
+    model = make_llama()
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+    apply_lora(model)
+    shake(model, 7)
+    expected = logits(model)
+    fuse(model, mx.array(TOKENS))
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert 0 < np.abs(logits(model) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("size", "bits", "mode"), [(32, 4, "mxfp4"), (16, 4, "nvfp4")])
+def test_an_embedding_in_the_mx_formats_is_fused_without_a_tolerance(size, bits, mode):
+    model = make_llama()
+    nn.quantize(model, size, bits, mode=mode)
+    apply_lora(model, targets="embed_tokens")
+    shake(model, 7)
+    assert fuse(model, mx.array(TOKENS)) == ["model.embed_tokens"]
+
+
+def test_a_half_precision_model_still_refuses_to_lose_adapters_in_few_bits():
+    model = make_llama()
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 32, 4)
+    apply_lora(model)
+    shake(model, 7)
+    with pytest.raises(ConfigurationError, match="quantize=False, which gives dequantized"):
+        fuse(model, mx.array(TOKENS), quantize=True)
+
+
 def test_adapters_put_on_since_are_in_the_way_of_unmerging():
     model = adapted()
     expected = logits(model)
@@ -117,3 +151,33 @@ def test_adapters_of_another_model_are_refused():
         attach(nn.Sequential(nn.Linear(2, 2)), one)
     with pytest.raises(ConfigurationError, match=r"detach\(\) them"):
         attach(adapted(), one)
+
+
+def test_adapters_of_another_size_are_refused():
+    small, large = (nn.Sequential(nn.Linear(4, n), nn.Linear(n, 2)) for n in (6, 8))
+    apply_lora(large, rank=2, targets="layers.1")
+    with pytest.raises(ConfigurationError, match=r"of type Linear and shape \(2, 8\)"):
+        attach(small, detach(large))
+
+
+def test_adapters_on_a_second_model_leave_the_first_with_its_base():
+    first, second = adapted(), make_llama(seed=5)
+    expected = logits(first)
+    adapters = detach(first)
+    attach(first, adapters)
+    attach(second, adapters)
+    assert (logits(first) == expected).all()
+    second.model.layers[0].mlp.up_proj.lora_b += 1.0
+    assert (logits(first) == expected).all()
+    assert np.abs(logits(second) - expected).max() > 0.01
+
+
+def test_what_trains_beside_the_adapters_is_not_left_behind_silently():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    apply_lora(model, targets="layers.1", bias="lora_only")
+    with pytest.raises(ConfigurationError, match=r"layers.1.linear.bias train as well"):
+        detach(model)
+    model.freeze()
+    attach(model, detach(model))
+    trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    assert trainable == {"layers.1.lora_a", "layers.1.lora_b"}

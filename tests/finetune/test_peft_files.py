@@ -182,6 +182,9 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
     for change, error in (
         ({"peft_type": "IA3"}, ConfigurationError),
         ({"use_qalora": True}, ConfigurationError),
+        ({"alora_invocation_tokens": [5]}, ConfigurationError),
+        ({"init_lora_weights": "pissa_niter_4"}, ConfigurationError),
+        ({"init_lora_weights": "olora"}, ConfigurationError),
         ({"r": "four"}, CheckpointCorruptError),
         ({"lora_alpha": None}, CheckpointCorruptError),
         ({"r": 8}, CheckpointMismatchError),
