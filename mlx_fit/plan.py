@@ -162,17 +162,31 @@ def measure(probe: Measured, batch: Any, limit: int, far_below: float = 0.0) -> 
             share of the limit.
     """
     rows = num_rows(batch)
-    points: list[tuple[int, int]] = []
     sizes = sizes_of(rows)
-    for size, following in zip(sizes, [*sizes[1:], rows], strict=True):
-        points.append((size, probe.peak(batch, size)))
-        if size == sizes[-1] or _expected(points, probe, batch, rows, following) > limit:
+    points = [_first_point(probe, batch, rows, sizes)]
+    for following in [size for size in sizes if size > points[0][0]]:
+        if _expected(points, probe, batch, rows, following) > limit:
             break
         if far_below and following > 2:
             growth = _growth(points, probe, batch, rows)
-            if points[-1][1] + 4 * growth.slope * (rows - size) < far_below * limit:
+            if points[-1][1] + 4 * growth.slope * (rows - points[-1][0]) < far_below * limit:
                 return growth
+        points.append((following, probe.peak(batch, following)))
     return _growth(points, probe, batch, rows)
+
+
+def _first_point(probe: Measured, batch: Any, rows: int, sizes: list[int]) -> tuple[int, int]:
+    """The peak of one row, or of the next size where one row cannot be computed.
+
+    BatchNorm refuses a single value per channel, and a row may weigh nothing.
+    """
+    try:
+        return 1, probe.peak(batch, 1)
+    except ValueError:
+        if rows == 1:
+            raise
+    size = sizes[1] if len(sizes) > 1 else 2
+    return size, probe.peak(batch, size)
 
 
 def _expected(

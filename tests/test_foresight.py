@@ -81,6 +81,18 @@ def test_the_batch_size_that_is_suggested_fits():
     assert mx.get_peak_memory() < 1.15 * limit
 
 
+def test_a_model_that_refuses_one_row_is_guarded_too():
+    layers = nn.Linear(256, 256), nn.BatchNorm(256), nn.Linear(256, 10)
+    mx.random.seed(0)
+    model = nn.Sequential(*layers)
+    mx.eval(model.state)
+    limit = DeviceConfig(memory_limit=held() + 5_000_000)
+    trainer = Trainer(
+        model, optim.AdamW(0.01), "cross_entropy", batch_size=2048, device_config=limit
+    )
+    assert refused(trainer, data(2048)).kind == "foreseen"
+
+
 def test_where_there_is_room_the_same_run_trains_to_the_same_bits():
     guarded, free = make(held() + 500_000_000), make()
     for trainer in (guarded, free):

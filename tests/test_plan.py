@@ -137,6 +137,26 @@ def kept_of(trainer):
     return modes, trainer.step, trainer.epoch, trainer.history
 
 
+@pytest.mark.parametrize("rows", [2, 3, 37])
+def test_a_model_that_refuses_one_row_is_planned_from_two_on(rows):
+    layers = nn.Linear(256, 64), nn.BatchNorm(64), nn.Linear(64, 10)
+    trainer = Trainer(nn.Sequential(*layers), OPTIMIZERS["adamw"](), "cross_entropy")
+    x, y = case("mlp")[1]
+    before, kept = state(trainer), kept_of(trainer)
+    plan = trainer.plan((x[:rows], y[:rows]))
+    assert plan.peak_bytes > plan.parts["weights"]
+    assert_untouched(trainer, before, kept)
+    with pytest.raises(ValueError, match="more than one value"):
+        trainer.plan((x[:1], y[:1]))
+
+
+def test_a_first_row_that_weighs_nothing_does_not_hide_the_others():
+    trainer, (x, y) = make()
+    weights = np.array([0.0] + [1.0] * (len(x) - 1), np.float32)
+    plain, weighted = trainer.plan((x, y)), trainer.plan((x, y, weights))
+    assert weighted.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.2)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 3}, {"compile": False}], ids=str)
 def test_planning_changes_no_bit(trained, options):

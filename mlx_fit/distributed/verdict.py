@@ -49,8 +49,9 @@ class Verdict:
         """The error to raise on ``rank``, which was at ``step`` in ``phase``."""
         where = f"at step {step} ({phase})" if phase else f"at step {step}"
         if self.what == RAISED:
+            said = f": {self.cause}" if self.cause else "."  # Ctrl-C has no text
             return PeerError(
-                f"Rank {self.rank} raised {self.type} at step {self.step}: {self.cause}\n"
+                f"Rank {self.rank} raised {self.type} at step {self.step}{said}\n"
                 f"This rank, {rank}, was {where}. The traceback is in rank {self.rank}'s output.",
                 rank=self.rank,
                 step=self.step,

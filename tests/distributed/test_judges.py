@@ -155,3 +155,10 @@ def test_a_verdict_becomes_its_error(verdict, kind, facts):
     error = Verdict.from_message(verdict.as_message()).error(0, 4, "save")
     assert type(error) is kind
     assert {name: getattr(error, name) for name in facts} == facts
+
+
+def test_an_exception_without_a_text_is_told_as_a_sentence():
+    verdict = Verdict("raised", 1, "", step=2, type="KeyboardInterrupt")
+    assert str(verdict.error(0, 3, "header")).startswith(
+        "Rank 1 raised KeyboardInterrupt at step 2.\n"
+    )
