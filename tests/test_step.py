@@ -526,6 +526,26 @@ def test_a_freeze_between_two_batches_is_honoured_at_once_compiled_or_not(
     assert all((w == before[0]).all() for w in before) or freezes
 
 
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_freeze_inside_a_window_is_in_a_checkpoint_saved_there(freezes, rng, tmp_path):
+    x, y, _ = rows(rng, 20)
+    found = []
+    for resume in (False, tmp_path / "saved"):
+        model, callback = two_layers(), FreezeAtBatch(1, freezes)
+        if not freezes:
+            model.layers[0].freeze()
+        trainer = Trainer(model, optim.Adam(RATE), "mse", batch_size=4, gradient_accumulation=3)
+        if not resume:
+            end = callback.on_train_batch_end
+            callback.on_train_batch_end = lambda batch, logs, end=end, trainer=trainer: (
+                end(batch, logs),
+                trainer.save(tmp_path / "saved") if batch == 1 else None,
+            )
+        trainer.fit((x, y), callbacks=callback, verbose=0, shuffle=False, resume=resume)
+        found.append(np.array(model.layers[0].weight))
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_freeze_after_a_fit_is_honoured_by_the_next(rng):
     x, y, _ = rows(rng)
     trainer = Trainer(two_layers(), optim.AdamW(RATE), "mse")
