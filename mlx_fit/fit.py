@@ -194,6 +194,7 @@ class Fit:
             self._is_over,
             self._run.pace,
             displays,
+            step.num_batches,
         )
         if step.window_open:
             step.close_window()

@@ -101,6 +101,7 @@ class FitState:
         """
         run, step, phase = self._run, self._step, self.phase
         step.drain()
+        step.follow_freezes()  # an open window is saved as one of what is trained now
         is_event_due = step.num_windows >= self.next_event and not step.window_open
         feed = self._feed.state_dict(step.num_batches)
         if feed is None:

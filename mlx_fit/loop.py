@@ -41,6 +41,7 @@ def run_batches(
     is_over: Callable[[], bool],
     pace: Pace,
     displays: Sequence[tuple[Display, Hook]] = (),
+    first: int = 0,
 ) -> None:
     """Take batches until they end or ``is_over()`` says so, and tell the hooks of each.
 
@@ -53,9 +54,10 @@ def run_batches(
         is_over: asked after each batch.
         pace: is told of the wait for each batch.
         displays: called after the batches for which they are due.
+        first: index of the first batch, in an epoch that goes on.
     """
     asked = perf_counter()
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches, first):
         pace.waited += perf_counter() - asked
         pace.num_batches += 1
         for hook in begin_hooks:

@@ -153,6 +153,7 @@ class SplittingStep:
         # What is wrong with any row shows now.
         weight = 0.0 if batch is None else step.objective.host_weight(batch)
         if self._start is None:
+            step.follow_freezes()
             step.begin_window()
             self._start = self._new_start()
         self._batches.append(batch)

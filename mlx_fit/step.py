@@ -31,7 +31,7 @@ from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
 from mlx_fit.rates import RateGuard, optimizers_of, settings
 from mlx_fit.step_state import StepState
-from mlx_fit.trainable import check_no_new, check_trained
+from mlx_fit.trainable import check_no_new, check_trained, fitted, frozen_keys
 from mlx_fit.updating import SCALE_ENDED, Update
 
 MAX_IN_FLIGHT = 2  # steps that wait for the device, where it is not the CPU
@@ -72,6 +72,8 @@ class TrainStep(StepState):
         self._weight_on_host = True
         self._host_batch: Any = None
         self._shapes: dict[Any, str] = {}
+        self._frozen: list[set[str]] = []  # those of the layers themselves, which change in place
+        self._frozen_then: list[set[str]] = []
         self._old_traces = 0
         self._build()
 
@@ -83,6 +85,8 @@ class TrainStep(StepState):
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
         self._built_for = self._fingerprint()
+        self._frozen = frozen_keys(self.model)
+        self._frozen_then = [{*keys} for keys in self._frozen]
         self._state = [self.model.state, self.optimizer.state, self._scaling, mx.random.state]
         compiles = self.options.compile
         batch_function = self._update_from if self._is_fused else self._accumulate_from
@@ -95,6 +99,15 @@ class TrainStep(StepState):
         self._rates.check()
         self._old_traces = self.num_traces
         self._build()
+
+    def follow_freezes(self) -> None:
+        """Build anew if something was frozen or thawed since, by a callback for instance."""
+        if self._frozen == self._frozen_then or (self._window and self.exchange is not None):
+            return
+        self._rebuild()
+        if self._window:  # what was frozen keeps its value, what was thawed had no gradient yet
+            gradients, *rest = self._window
+            self._window = [fitted(gradients, self.model.trainable_parameters()), *rest]
 
     def _fingerprint(self) -> list[Any]:
         # Shapes and dtypes too: a callback that changes them makes MLX trace again, unguarded.
@@ -132,6 +145,8 @@ class TrainStep(StepState):
     def __call__(self, batch: Any) -> None:
         """Take one batch: its gradients and, if it is the last of its window, the update."""
         self.wait()
+        if self._frozen != self._frozen_then:
+            self.follow_freezes()
         weight = 0.0 if batch is None else self.objective.host_weight(batch)
         if not self._has_begun:
             self.begin_window()
@@ -201,6 +216,7 @@ class TrainStep(StepState):
         if self.exchange is not None:
             self._close_together(self.exchange)
         elif self._window:
+            self.follow_freezes()
             self.sums.pending.append(self._flush(0, self._window))
             self.sums.tags.append(self.num_windows + 1)
             self._window = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_fit._tree import assign, named_arrays
 from mlx_fit.errors import CheckpointMismatchError, ConfigurationError
@@ -28,6 +28,19 @@ def set_trainable(model: nn.Module, names: Collection[str]) -> None:
             if not key.startswith("_") and all(isinstance(leaf, mx.array) for _, leaf in held):
                 is_trained = any(name in names for name, _ in held)
                 (module._no_grad.discard if is_trained else module._no_grad.add)(key)
+
+
+def frozen_keys(model: nn.Module) -> list[set[str]]:
+    """What each layer has frozen: its own set, which freezing and thawing change in place."""
+    return [module._no_grad for module in model.modules()]
+
+
+def fitted(gradients: Any, parameters: Any) -> Any:
+    """Gradients in the structure of parameters: others are left out, missing ones are zero."""
+    known = dict(named_arrays(gradients))
+    return tree_map_with_path(
+        lambda name, p: known[name] if name in known else mx.zeros(p.shape), parameters
+    )
 
 
 def load_window(window: list[Any], arrays: dict[str, mx.array]) -> None:

@@ -491,6 +491,61 @@ def test_a_callback_that_freezes_and_thaws_is_honoured_in_the_next_epoch(
     assert weights_after(trainer, (x, y), 3, [callback()]) == [True, False, True]
 
 
+class FreezeAtBatch(Callback):
+    def __init__(self, batch, freezes):
+        self.batch, self.freezes, self.seen = batch, freezes, []
+
+    def on_train_batch_end(self, batch, logs):
+        layer = self.model.layers[0]
+        self.seen.append(np.array(layer.weight))
+        if batch == self.batch:
+            layer.freeze() if self.freezes else layer.unfreeze()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_freeze_between_two_batches_is_honoured_at_once_compiled_or_not(
+    freezes, batch, accumulation, rng
+):
+    x, y, _ = rows(rng, 20)
+    batches, seen = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 20, 4)], []
+    for is_compiled in (True, False):
+        mx.random.seed(0)
+        model, callback = two_layers(), FreezeAtBatch(batch, freezes)
+        if not freezes:
+            model.layers[0].freeze()
+        options = {"gradient_accumulation": accumulation, "compile": is_compiled}
+        trainer = Trainer(model, optim.Adam(RATE), "mse", **options)
+        # A generator: only its end tells that the short last window is to be closed.
+        trainer.fit(lambda: iter(batches), epochs=2, callbacks=callback, verbose=0)
+        seen.append([*callback.seen, np.array(model.layers[0].weight)])
+    np.testing.assert_array_equal(*seen)
+    before, after = seen[0][: batch + 1], seen[0][batch:]
+    assert any((w != after[0]).any() for w in after) != freezes
+    assert all((w == before[0]).all() for w in before) or freezes
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_freeze_inside_a_window_is_in_a_checkpoint_saved_there(freezes, rng, tmp_path):
+    x, y, _ = rows(rng, 20)
+    found = []
+    for resume in (False, tmp_path / "saved"):
+        model, callback = two_layers(), FreezeAtBatch(1, freezes)
+        if not freezes:
+            model.layers[0].freeze()
+        trainer = Trainer(model, optim.Adam(RATE), "mse", batch_size=4, gradient_accumulation=3)
+        if not resume:
+            end = callback.on_train_batch_end
+            callback.on_train_batch_end = lambda batch, logs, end=end, trainer=trainer: (
+                end(batch, logs),
+                trainer.save(tmp_path / "saved") if batch == 1 else None,
+            )
+        trainer.fit((x, y), callbacks=callback, verbose=0, shuffle=False, resume=resume)
+        found.append(np.array(model.layers[0].weight))
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_freeze_after_a_fit_is_honoured_by_the_next(rng):
     x, y, _ = rows(rng)
     trainer = Trainer(two_layers(), optim.AdamW(RATE), "mse")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from mlx_fit.errors import ConfigurationError, MlxFitError
 
 ROOT = str(Path(errors.__file__).parent)
 USE, ARGS = "use", "args"  # keys of a table: the name, and arguments by position
+OWN_NAME = re.compile(r"[^\s:]+\.py:[A-Za-z_][\w.]*")
 
 
 class RunFailedError(MlxFitError):
@@ -41,9 +43,11 @@ def own_code() -> Iterator[None]:
         of_others = [place for place in places if "site-packages" not in place.filename]
         of_user = [place for place in of_others if not place.filename.startswith(ROOT)]
         place = (of_user or places)[-1]
+        text, file, line = str(error), place.filename, place.lineno
+        if isinstance(error, SyntaxError) and error.filename:
+            text, file, line = error.msg, error.filename, error.lineno
         raise RunFailedError(
-            f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}; --debug "
-            "shows the traceback)"
+            f"{type(error).__name__}: {text} ({file}, line {line}; --debug shows the traceback)"
         ) from error
 
 
@@ -55,11 +59,14 @@ class Names:
         kind: of thing, for messages: ``"an optimizer"``.
         known: by name.
         folder: that of the file, where ``file.py`` is looked for first.
+        read: what becomes of a table that names a file, or None where none can be named; it gives
+            None for a table of another kind.
     """
 
     kind: str
     known: Mapping[str, Any]
     folder: Path
+    read: Callable[[dict[str, Any], str, Names], Any] | None = None
 
     def make(self, value: Any, where: str) -> Any:
         """The object that a text or a table stands for; anything else as it is.
@@ -78,7 +85,8 @@ class Names:
             return value
         if USE not in value:
             return {key: self.make(item, f"{where}.{key}") for key, item in value.items()}
-        return self.call(self.find(value[USE], where), value, where)
+        found = None if self.read is None else self.read(value, where, self)
+        return self.call(self.find(value[USE], where), value, where) if found is None else found
 
     def call(self, found: Any, table: Mapping[str, Any], where: str) -> Any:
         """What a function or class makes of the arguments in a table."""
@@ -147,7 +155,12 @@ class Names:
         return found
 
     def _argument(self, value: Any, where: str) -> Any:
-        """An argument: tables with ``use`` and lists of them are made, texts stay texts."""
+        """An argument: tables with ``use`` and lists of them are made, texts stay texts.
+
+        But ``file.py:name`` is what it names, as it is: a function that is handed on.
+        """
+        if isinstance(value, str) and OWN_NAME.fullmatch(value):
+            return imported(value, where, self.folder)
         if isinstance(value, list):
             return [self._argument(item, f"{where}.{index}") for index, item in enumerate(value)]
         if isinstance(value, dict) and USE in value:

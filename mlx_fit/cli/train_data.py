@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def data_names(folder: Path) -> Names:
     """The readers, data sets and loaders of this library, and the digits."""
     known = {name: getattr(data, name) for name in data.__all__}
     known |= {name: getattr(text, name) for name in text.__all__}
-    return Names("data", {"digits": datasets.digits, **known}, folder)
+    return Names("data", {"digits": datasets.digits, **known}, folder, read_file)
 
 
 def make_data(given: Any, folder: Path) -> dict[str, Any]:
@@ -68,8 +69,8 @@ def make_part(given: Any, names: Names, where: str) -> Any:
     """One part: a file, a name, or a table of either with arguments."""
     table = dict(given) if isinstance(given, Mapping) else {USE: given}
     name = table.get(USE)
-    if isinstance(name, str) and ":" not in name and name.endswith(FILES):
-        return _read(find_file(name, where, names.folder), name, table, where, names)
+    if is_file_of_data(name):
+        return read_file(table, where, names)
     if isinstance(name, str) and ":" not in name and name not in names.known and "." in name:
         raise UsageError(
             f"{where}: {name} is of no kind that is read here: {', '.join(FILES)}. Others are read "
@@ -80,14 +81,25 @@ def make_part(given: Any, names: Names, where: str) -> Any:
     return names.call(found, table, where) if is_made else found
 
 
-def _read(path: Path, name: str, table: dict[str, Any], where: str, names: Names) -> Any:
+def is_file_of_data(name: Any) -> bool:
+    """Whether a name is that of a file which is read here."""
+    return isinstance(name, str) and ":" not in name and name.endswith(FILES)
+
+
+def read_file(table: dict[str, Any], where: str, names: Names) -> Any:
+    """What is in a file, read with the arguments in its table; None for a name of another kind."""
+    name = table[USE]
+    if not is_file_of_data(name):
+        return None
+    path = find_file(name, where, names.folder)
     if name.endswith(ARRAYS):
         return read_npz(path, {k: v for k, v in table.items() if k != USE}, where)
-    if name.endswith(TABLES):
-        return names.call(data.open_table, {"source": path, **table}, where)
+    reader, key = (data.open_table, "source") if name.endswith(TABLES) else (data.read_csv, "path")
+    if key in table:
+        raise UsageError(f"{where}.{key}: the file is {name} already. Leave {key} out.")
     if name.endswith(".tsv"):
         table = {"delimiter": "\t", **table}
-    return names.call(data.read_csv, {"path": path, **table}, where)
+    return names.call(reader, {key: path, **table}, where)
 
 
 def read_npz(path: Path, options: Mapping[str, Any], where: str) -> tuple[np.ndarray, ...]:
@@ -102,6 +114,8 @@ def read_npz(path: Path, options: Mapping[str, Any], where: str) -> tuple[np.nda
     roles = ("x", "y", "weights")
     if wrong := [key for key in options if key not in roles]:
         raise UsageError(f"{where}: there is no setting {wrong[0]!r}.{known(wrong[0], roles)}")
+    if not zipfile.is_zipfile(path):
+        raise DataError("cannot be read as .npz: np.savez did not write it.", path=path)
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {role: options.get(role, role) for role in roles}

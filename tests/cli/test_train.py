@@ -84,6 +84,10 @@ class LanguageModel(nn.Module):
         return self.head(self.embedding(tokens))
 
 
+def halved(row, rng):
+    return row[0] / 2, row[1]
+
+
 def breaks():
     raise RuntimeError("no luck")
 """
@@ -295,6 +299,17 @@ def test_files_are_read_by_their_suffix(place, capsys):
     assert found == found[:1] * 4
 
 
+def test_files_and_functions_are_arguments_as_well(place, capsys):
+    lines = [f"{i / 9},{i % 4},{-i / 9},1,{i % 2}" for i in range(10)]
+    (place / "f.csv").write_text("\n".join(["a,b,c,d,y", *lines]) + "\n")
+    file, found = "{use = 'f.csv', target = 'y'}", []
+    for part in (file, f"{{use = 'Map', dataset = {file}, f = 'mine_code.py:halved'}}"):
+        part = f"{{use = 'DataLoader', batch_size = 5, shuffle = false, dataset = {part}}}"
+        assert train(f"data={{train = {part}}}", "fit.epochs=1") == 0
+        found.append(table_of(capsys)["loss"])
+    assert found[0] != found[1]
+
+
 # --- what is wrong --------------------------------------------------------------------------------
 
 
@@ -327,6 +342,7 @@ def test_files_are_read_by_their_suffix(place, capsys):
         ("callbacks=3", "expected a table"),
         ("data={train = 'rows.json'}", "is of no kind that is read here"),
         ("data={train = 'rows.csv'}", "there is no file"),
+        ("data={train = {use = 'f.csv', path = 'g.csv'}}", "the file is f.csv already"),
         ("data={trian = 'digits'}", "Did you mean 'train'?"),
         ("data={validation = 'digits'}", "there is no train"),
         ("fit.epochs=x", "epochs='x'; expected an integer"),
@@ -341,6 +357,7 @@ def test_files_are_read_by_their_suffix(place, capsys):
     ],
 )
 def test_wrong_usage_is_told_with_the_nearest_name(place, capsys, change, says):
+    (place / "f.csv").write_text("a,y\n1,0\n")
     assert train(change) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("mlx-fit train: ")
@@ -365,10 +382,15 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(place, capsys, text, says):
         ("optimizer.learning_rate=1e30", "The loss was"),
         ("callbacks.EarlyStopping.monitor=val_los", "EarlyStopping monitors 'val_los'"),
         ("data={train = 'bad.npz'}", "cannot be read as .npz"),
+        ("data={train = 'array.npz'}", "cannot be read as .npz"),
+        ("model=slip.py:make", "slip.py, line 1;"),
     ],
 )
 def test_a_run_that_fails_is_one_line_and_1(place, capsys, change, says):
     (place / "bad.npz").write_bytes(b"no zip")
+    with (place / "array.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    (place / "slip.py").write_text("def make(:\n")
     assert train(change) == 1
     assert says in capsys.readouterr().err
     assert "mine_code.py, line" in says or "Traceback" not in capsys.readouterr().err

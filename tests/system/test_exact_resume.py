@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from resuming import BATCH, ROWS, STEPS_PER_EPOCH, Run, differences
@@ -22,6 +23,7 @@ from mlx_fit import (
     ModelCheckpoint,
     Preempted,
     ResumeError,
+    Trainer,
 )
 from mlx_fit.trainable import trainable_names
 
@@ -488,8 +490,6 @@ def test_a_smaller_batch_visits_the_rows_that_were_left(tmp_path):
 
 
 def test_a_learning_rate_given_now_wins(tmp_path):
-    import mlx.optimizers as optim
-
     def run(rate):
         made = Run(tmp_path)
         made.trainer.optimizer = optim.SGD(rate)
@@ -700,8 +700,6 @@ def test_an_open_window_is_applied_where_accumulation_ends(tmp_path):
 
 
 def test_another_schedule_wins_and_is_told(tmp_path):
-    import mlx.optimizers as optim
-
     from mlx_fit.schedules import warmup_cosine
 
     Run(tmp_path).go(max_steps=3)
@@ -769,3 +767,28 @@ def test_a_signal_while_saving_lets_the_save_end(tmp_path, whole, monkeypatch, b
     resumed = Run(tmp_path)
     resumed.go(resume=True, checkpoint_every=policy)
     assert not differences(resumed.outcome(), whole())
+
+
+class Indices(Callback):
+    """Notes the index of each batch, and saves after one of them."""
+
+    def __init__(self, path=None):
+        self.path = path
+        self.seen = []
+
+    def on_train_batch_begin(self, batch, logs):
+        self.seen.append(batch)
+
+    def on_train_batch_end(self, batch, logs):
+        if self.path is not None and len(self.seen) == 3:
+            self.trainer.save(self.path)
+
+
+def test_batches_of_an_epoch_that_goes_on_are_counted_from_where_it_was(tmp_path):
+    first, rest, path = Indices(tmp_path / "saved"), Indices(), tmp_path / "saved"
+    data = np.ones((24, 4), np.float32), np.zeros((24, 1), np.float32)
+    for callback, resume in ((first, False), (rest, path)):
+        trainer = Trainer(nn.Linear(4, 1), optim.SGD(0.1), "mse", batch_size=4, seed=0)
+        trainer.fit(data, epochs=2, callbacks=callback, resume=resume, verbose=0)
+    assert first.seen == [*range(6)] * 2
+    assert rest.seen == [3, 4, 5, *range(6)]
