@@ -69,6 +69,11 @@ _IN_PLACE = {
 _MISUSED = [
     (r"^view\(\): incompatible", "use x.reshape(...); MLX's view changes the dtype"),
     (r"kwargs = \{.*\bdim\b", "PyTorch's dim= is axis= in MLX, keepdim= is keepdims="),
+    (
+        r"more than one value per channel",
+        "a batch of one row has no variance: use drop_last=True or another batch_size. Of several "
+        'ranks, or with on_oom="split", the rows of a part count',
+    ),
     (r"kwargs = \{.*\bkeepdim\b", "PyTorch's keepdim= is keepdims= in MLX"),
     (
         r"^'int' object is not callable",

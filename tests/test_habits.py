@@ -3,9 +3,11 @@
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from toys import ramp, trainer_of
 
+from mlx_fit import Trainer
 from mlx_fit.habits import REPLACED, explain
 
 
@@ -44,6 +46,15 @@ def test_a_loss_written_as_for_torch_is_explained(written, says):
         return value
 
     assert says in notes_of(loss=loss)
+
+
+def test_a_batch_of_one_row_has_no_variance():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3))
+    trainer = Trainer(model, optim.SGD(0.1), "mse", batch_size=4)
+    x = np.ones((5, 4), np.float32)
+    with pytest.raises(ValueError, match="more than one value per channel") as caught:
+        trainer.fit((x, x[:, :3]), verbose=0)
+    assert "use drop_last=True or another batch_size" in " ".join(caught.value.__notes__)
 
 
 def test_an_objective_is_explained_as_well():
