@@ -22,7 +22,7 @@ from mlx_fit import gradients as grad
 from mlx_fit._tree import named_arrays, select, snapshot
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
-from mlx_fit.compiled import Traced, warn_of_many_shapes
+from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
 from mlx_fit.habits import explain
 from mlx_fit.logs import FOLD
@@ -259,7 +259,10 @@ class TrainStep(StepState):
         if not self._is_async:
             self._awaited = [*live]
             if self._overlaps:
-                mx.async_eval(*live)
+                try:
+                    mx.async_eval(*live)
+                except RuntimeError as error:
+                    evaluate_again(error, *live)
             else:
                 self.wait()
         else:

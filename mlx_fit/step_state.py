@@ -188,7 +188,11 @@ class StepState(ABC):
         """Evaluate all of the newest part but the update. Host synchronisation."""
         gradients = self._gradients_of_batch or [self._state, self._window]
         self._gradients_of_batch = []  # the update may reuse them
-        mx.eval(gradients, self.sums.batch, self.sums.rows.newest)
+        live = gradients, self.sums.batch, self.sums.rows.newest
+        try:
+            mx.eval(*live)
+        except RuntimeError as error:
+            evaluate_again(error, *live)
 
     def end_batch(self, weight: float | None) -> None:
         """Count a batch, and close its window if it was the last of it."""

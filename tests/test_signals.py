@@ -7,6 +7,8 @@ import sys
 import textwrap
 import threading
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from toys import Do, Recorder, ramp, trainer_of, weight_of
 
@@ -164,3 +166,35 @@ def test_an_uncaught_preemption_exits_with_143(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(code), tests]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "cleaned up\n")
+
+
+class KilledOnce:
+    """An MLX function whose C++ compiler is killed by a Ctrl-C in its first call."""
+
+    def __init__(self, function):
+        self.function = function
+        self.num_calls = 0
+
+    def __call__(self, *arrays):
+        self.num_calls += 1
+        if self.num_calls == 1:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("[Compile::eval_cpu] Could not compile: the compiler was killed.")
+        return self.function(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("async_eval", {}), ("eval", {}), ("eval", {"on_oom": "split"})], ids=str
+)
+def test_a_ctrl_c_that_kills_the_compiler_of_mlx_ends_after_the_step(name, options, monkeypatch):
+    """A terminal sends it to the whole group of processes; the step is computed once more."""
+    trainer, plain = trainer_of(**options), trainer_of()
+    killed = KilledOnce(getattr(mx, name))
+    start = Do("on_train_begin", lambda _: monkeypatch.setattr(mx, name, killed))
+    history = trainer.fit(ramp(3), callbacks=start, verbose=0)
+    monkeypatch.undo()
+    assert killed.num_calls > 0
+    assert history.stopped_by == "SIGINT"
+    assert trainer.step == (2 if (name, options) == ("eval", {}) else 1)  # waited for by the next
+    plain.fit(ramp(3), max_steps=trainer.step, verbose=0)
+    np.testing.assert_array_equal(np.array(trainer.model.weight), np.array(plain.model.weight))
