@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 
 from mlx_fit.checks import natural, path_of
 from mlx_fit.communicator import ALONE
@@ -154,18 +153,6 @@ def check_state_dict(state: Any) -> None:
             f"This is not what Trainer.state_dict() gives: {', '.join(missing)} missing. For "
             "weights alone use load_weights(path), or model.update."
         )
-
-
-def concatenate(leaves: Sequence[Any]) -> Any:
-    """Outputs of several batches as one array; None stays None."""
-    if leaves[0] is None:
-        return None
-    if leaves[0].ndim == 0:
-        raise ConfigurationError(
-            "The model returned a scalar for a batch, which has no rows to put in order. Use "
-            "predict_batches, which gives the outputs batch by batch."
-        )
-    return np.concatenate(leaves)
 
 
 def as_batch(x: Any, y: Any, weights: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_fit._tree import leaves
-from mlx_fit.errors import DataError
+from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.foreign import is_torch_tensor
 
 PLAIN = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefd")  # dtypes that MLX takes as they are
@@ -198,3 +199,23 @@ def describe(batch: Any) -> str:
         for path, leaf in leaves(dict(zip(names, batch, strict=False)))
         if hasattr(leaf, "shape")
     )
+
+
+def join_outputs(parts: list[Any], remedy: str) -> Any:
+    """Outputs for several batches, trees of NumPy arrays, as one tree; None stays None.
+
+    Raises:
+        ConfigurationError: one is a scalar, which has no rows; ``remedy`` says what to do.
+    """
+
+    def joined(*leaves: Any) -> Any:
+        if leaves[0] is None:
+            return None
+        if leaves[0].ndim == 0:
+            raise ConfigurationError(
+                "The model returned a scalar for a batch, which has no rows to put in order. "
+                f"{remedy}"
+            )
+        return np.concatenate(leaves)
+
+    return tree_map(joined, parts[0], *parts[1:])

@@ -9,12 +9,10 @@ import warnings
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_map
 
 from mlx_fit._tree import RandomState, set_leaf
-from mlx_fit.batch import num_rows, rows_between
-from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
+from mlx_fit.batch import join_outputs, num_rows, rows_between
+from mlx_fit.errors import OutOfMemoryError, from_runtime_error
 from mlx_fit.evaluation import EvaluationStep, PredictionStep
 from mlx_fit.logs import FOLD, Sums
 from mlx_fit.step import TrainStep
@@ -315,19 +313,9 @@ class SplittingPrediction:
             mx.clear_cache()
         if self._splitter.rows != before:
             self._splitter.report(batch, "prediction")
-        return found[0] if len(found) == 1 else tree_map(_joined, found[0], *found[1:])
-
-
-def _joined(*leaves: Any) -> Any:
-    """Outputs of parts as one array; None stays None."""
-    if leaves[0] is None:
-        return None
-    if leaves[0].ndim == 0:
-        raise ConfigurationError(
-            "The model returned a scalar for a batch, so the batch cannot be computed in parts. "
-            "Use a smaller batch_size."
-        )
-    return np.concatenate(leaves)
+        if len(found) == 1:
+            return found[0]
+        return join_outputs(found, "It cannot be computed in parts: use a smaller batch_size.")
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

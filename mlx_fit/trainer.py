@@ -12,15 +12,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
 
 from mlx_fit.arguments import (
     as_batch,
     check_trainer,
     checked_steps,
-    concatenate,
     evaluation_source,
 )
+from mlx_fit.batch import join_outputs
 from mlx_fit.callbacks.base import Callback, CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
@@ -357,7 +356,7 @@ class Trainer(Stateful):
         options = {"batch_size": batch_size, "steps": steps, "callbacks": callbacks}
         with torn_down(data, "predict"):
             parts = [*self.predict_batches(data, verbose=verbose, **options)]
-        return tree_map(lambda *leaves: concatenate(leaves), parts[0], *parts[1:])
+        return join_outputs(parts, "Use predict_batches, which gives them batch by batch.")
 
     def predict_batches(
         self,

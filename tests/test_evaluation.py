@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_fit import Trainer
+from mlx_fit import ConfigurationError, Trainer
 
 
 class Net(nn.Module):
@@ -184,3 +184,14 @@ def test_what_a_forward_pass_stores_in_the_model_is_not_kept(compile):
     trainer.evaluate((x, y), verbose=0)
     trainer.predict(x, verbose=0)
     assert model._kept.item() == 7
+
+
+def test_outputs_without_rows_are_told_where_they_would_be_put_in_order():
+    class Sum(nn.Module):
+        def __call__(self, x):
+            return x.sum()
+
+    trainer, x = Trainer(Sum(), None, None), np.ones((6, 2), np.float32)
+    with pytest.raises(ConfigurationError, match=r"returned a scalar.*Use predict_batches"):
+        trainer.predict(x, batch_size=4)
+    assert [float(part) for part in trainer.predict_batches(x, batch_size=4)] == [8.0, 4.0]

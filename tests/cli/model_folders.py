@@ -14,6 +14,7 @@ from llama import CONFIG, make_llama, save_llama
 from mlx.utils import tree_flatten
 
 import mlx_fit
+from mlx_fit.cli import main
 
 TEMPLATE = (
     "{%- for m in messages -%}{{- '<' + m.role + '>' + m.content + '</s>' -}}{%- endfor -%}"
@@ -111,3 +112,10 @@ def run_process(*arguments, **more):
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, env=environment(**more), timeout=300
     )
+
+
+def tune(place, adapters, *flags, model="model", data="data", steps=3):
+    """Run ``mlx-fit finetune`` on folders in ``place``; its exit status."""
+    options = ("--max-steps", steps, "--no-plan", "--learning-rate", 0.01)
+    paths = ("--model", place / model, "--data", place / data, "--adapter-path", adapters)
+    return main(["finetune", *map(str, (*paths, *options, *flags))])

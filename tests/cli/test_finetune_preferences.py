@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import mlx.core as mx
 import mlx_lm
+import model_folders
 import numpy as np
 import pytest
 from llama import logits
@@ -37,10 +39,7 @@ def place(tmp_path_factory):
     return root
 
 
-def tune(place, adapters, *flags, model="model", data="data", steps=4):
-    options = ("--max-steps", steps, "--no-plan", "--learning-rate", 0.01)
-    paths = ("--model", place / model, "--data", place / data, "--adapter-path", adapters)
-    return main(["finetune", *map(str, (*paths, *options, *flags))])
+tune = partial(model_folders.tune, steps=4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from llama import logits
-from model_folders import data_folder, llama_folder, mixtral_folder, rows, write_rows
+from model_folders import data_folder, llama_folder, mixtral_folder, rows, tune, write_rows
 
 from mlx_fit.cli import main
 
@@ -23,12 +23,6 @@ def place(tmp_path_factory):
     data_folder(root / "data")
     write_rows(root / "one.jsonl", rows(20))
     return root
-
-
-def tune(place, adapters, *flags, model="model", data="data", steps=3):
-    options = ("--max-steps", steps, "--no-plan", "--learning-rate", 0.01)
-    paths = ("--model", place / model, "--data", place / data, "--adapter-path", adapters)
-    return main(["finetune", *map(str, (*paths, *options, *flags))])
 
 
 def test_a_dry_run_shows_the_targets_and_trains_nothing(place, tmp_path, capsys):
