@@ -155,11 +155,6 @@ def num_rows(batch: Any) -> int:
     )
 
 
-def first_rows(batch: Any, count: int) -> Any:
-    """The first ``count`` rows of a batch: of the leading axis of each of its arrays."""
-    return rows_between(batch, 0, count)
-
-
 def rows_between(batch: Any, start: int, stop: int) -> Any:
     """Rows of a batch, its structure kept. Arrays of NumPy and MLX, and tensors, are not copied.
 
