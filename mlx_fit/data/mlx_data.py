@@ -18,9 +18,11 @@ def from_mlx_data(
 
     A buffer becomes a dataset of rows, shuffled and resumed by our order. A stream becomes an
     iterable that starts again (``reset``) with each pass; a resumed run reads it up to its place,
-    which is the same place if the stream does not shuffle. Give a stream of samples to a
-    ``DataLoader``, which batches it, and a stream of batches to ``fit`` as it is. A buffer of
-    batches goes through ``to_stream()``.
+    which is the same place if the stream repeats itself. One that shuffles does not, nor one with
+    ``prefetch(n, num_threads)`` of several threads: their rows change places now and then, and a
+    ``batch`` before it may be cut into smaller ones at the end; one thread is exact. Give a stream
+    of samples to a ``DataLoader``, which batches it, and a stream of batches to ``fit`` as it is.
+    A buffer of batches goes through ``to_stream()``.
 
     Args:
         source: an ``mlx.data.Buffer`` or ``mlx.data.Stream``; its samples are dicts of arrays.
