@@ -51,7 +51,7 @@ LAYERS = [
     },
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
-        *("evaluation", "summary", "updating"),
+        *("evaluation", "summary", "updating", "baked"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
         *("preference", "dpo", "orpo"),
     },
