@@ -41,6 +41,7 @@ LAYERS = [
             "_version",
             "pace",
             "habits",
+            "keywords",
         ),
         "_lazy",
     },
