@@ -149,6 +149,31 @@ def test_files_are_closed_and_complete_at_the_end(tmp_path, breaks):
     assert written == list(range(1, 5 if breaks else 11))
 
 
+def test_what_was_written_outlives_a_process_that_is_killed_at_once(tmp_path):
+    seen = []
+
+    def look(_):  # nothing is closed yet
+        seen.append(curves(tmp_path / "train"))
+
+    looks = [Do("on_train_batch_begin", look), Do("on_epoch_begin", look, index=1)]
+    fit([TensorBoard(tmp_path, update_freq=1), *looks])
+    between = seen.pop(5)
+    assert {"epoch_loss", "perf/step_time_ms"} <= between.keys()
+    assert [len(found.get("batch_loss", [])) for found in seen] == list(range(10))
+
+
+def test_the_values_of_an_epoch_are_one_event_that_tensorboards_own_reader_takes(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    fit(TensorBoard(tmp_path, hparams=False))
+    (path,) = (tmp_path / "train").iterdir()
+    head, *events = EventFileLoader(str(path)).Load()  # raises for a wrong checksum
+    assert head.file_version == "brain.Event:2"
+    assert [(e.step, len(e.summary.value) > 1) for e in events] == [
+        (i // 2, True) for i in range(4)
+    ]
+
+
 def test_speed_and_memory_are_written_by_epoch(tmp_path):
     trainer = trainer_of(metrics=[])
     trainer.fit(rows_of_ones(), epochs=2, callbacks=TensorBoard(tmp_path), verbose=0)
