@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit._tree import named_arrays
-from mlx_fit.sums import long_sum
+from mlx_fit.sums import SHORT, long_sum
 
 
 def global_norm(gradients: Any) -> mx.array:
@@ -21,8 +21,14 @@ def global_norm(gradients: Any) -> mx.array:
 
 
 def _sum_of_squares(gradient: mx.array) -> mx.array:
-    """Flattened first: an optimizer's own squares would be shared, and its kernel be cut in two."""
-    return long_sum(gradient.astype(mx.float32).reshape(-1).square())
+    """Transposed first: that is how a linear layer's gradient lies in memory, row by row.
+
+    Untransposed, an optimizer's own squares would also be shared, and its kernel be cut in two.
+    """
+    squares = gradient.T.astype(mx.float32).square()
+    if squares.ndim > 1 and len(squares) <= SHORT:
+        squares = squares.sum(0)
+    return long_sum(squares)
 
 
 def layer_names(model: nn.Module) -> list[str]:
