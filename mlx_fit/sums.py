@@ -6,8 +6,6 @@ import math
 
 import mlx.core as mx
 
-SHORT = 4096  # so few float32 numbers can be added one after the other
-
 
 def long_sum(values: mx.array) -> mx.array:
     """The sum over all axes, a scalar, exact to float32 rounding at any length.
@@ -18,7 +16,7 @@ def long_sum(values: mx.array) -> mx.array:
     one order in memory, and so one result, whatever made them.
     """
     values = values.reshape(-1)
-    if values.size <= SHORT:
+    if values.size <= 4096:
         return values.sum()
     width = math.isqrt(values.size)
     whole = values.size // width * width
