@@ -31,7 +31,8 @@ class TensorBoard(Callback):
     ``epoch_learning_rate``, ``evaluation_loss_vs_iterations`` by step, and with a batch frequency
     ``batch_loss`` by batches since the fit began. ``perf/step_time_ms``, ``perf/data_wait_ms``
     (from the end of a batch to the next), ``perf/examples_per_second`` (where batches are made
-    here) and ``perf/active_memory_mib``, ``perf/cache_memory_mib``, ``perf/peak_memory_mib`` are
+    here), ``perf/tokens_per_second`` (target tokens, where an objective logs ``num_tokens``) and
+    ``perf/active_memory_mib``, ``perf/cache_memory_mib``, ``perf/peak_memory_mib`` are
     by epoch; evaluations and saves are no part of an epoch's time there.
 
     A logged matrix (``confusion_matrix``) becomes a picture, each row scaled by itself; a dict of
@@ -120,7 +121,7 @@ class TensorBoard(Callback):
         """Write the epoch's values."""
         trained = {key: value for key, value in logs.items() if not key.startswith("val_")}
         self._write("train", "epoch_{}", trained, epoch)
-        self._write("train", "perf/{}", self._speed(), epoch)
+        self._write("train", "perf/{}", self._speed(logs), epoch)
         for name, values in self._by_set(logs).items():
             self._write(name, "epoch_{}", values, epoch)
         if self._histogram_freq and (epoch + 1) % self._histogram_freq == 0:
@@ -198,18 +199,21 @@ class TensorBoard(Callback):
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def _speed(self) -> dict[str, float]:
-        seconds = self.trainer.pace.seconds
+    def _speed(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        pace, seconds = self.trainer.pace, self.trainer.pace.seconds
         num_steps = max(self.trainer.step - self._first_step, 1)
         speed = {
             "step_time_ms": 1e3 * seconds / num_steps,
-            "data_wait_ms": self.trainer.pace.wait_ms,
+            "data_wait_ms": pace.wait_ms,
             "active_memory_mib": active_bytes() / MIB,
             "cache_memory_mib": cache_bytes() / MIB,
             "peak_memory_mib": peak_bytes() / MIB,
         }
         if num_rows := self.trainer.info.rows_per_step:
             speed["examples_per_second"] = num_steps * num_rows / seconds
+        if num_tokens := logs.get("num_tokens"):
+            each = num_tokens / max(self.trainer.num_batches, 1)
+            speed["tokens_per_second"] = pace.num_batches * each / seconds
         return speed
 
     def _by_set(self, logs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

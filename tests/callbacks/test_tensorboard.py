@@ -8,13 +8,16 @@ import time
 from collections import defaultdict
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from toys import Do, raising, ramp, rows_of_ones, trainer_of
 
-from mlx_fit import ConfigurationError, GradientMonitor, TensorBoard, metrics
+from mlx_fit import CausalLM, ConfigurationError, GradientMonitor, TensorBoard, Trainer, metrics
+from mlx_fit.batch import TextBatch
 from mlx_fit.logs import Values
 
 
@@ -190,6 +193,17 @@ def test_speed_and_memory_are_written_by_epoch(tmp_path):
 def test_unknown_batch_sizes_give_no_rate_of_examples(tmp_path):
     fit(TensorBoard(tmp_path))
     assert "perf/examples_per_second" not in curves(tmp_path / "train")
+
+
+def test_of_a_language_model_the_rate_is_of_tokens_that_count(tmp_path):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    trainer = Trainer(model, optim.SGD(0.1), objective=CausalLM())
+    tokens, weights = np.ones((2, 5), np.int32), np.float32([[1, 1, 1, 0, 0]] * 2)
+    batches = [TextBatch(tokens, tokens, weights, tokens)] * 3
+    trainer.fit(batches, callbacks=TensorBoard(tmp_path), verbose=0)
+    train = curves(tmp_path / "train")
+    [(_, step_ms)], [(_, rate)] = train["perf/step_time_ms"], train["perf/tokens_per_second"]
+    assert rate == pytest.approx(6 / (step_ms / 1e3), rel=1e-3)
 
 
 def test_evaluations_inside_epochs_are_written_by_step(tmp_path):
