@@ -372,8 +372,8 @@ _FEWER_BYTES = (
     "or train fewer parameters."
 )
 _LESS_A_ROW = (
-    "One row alone does not fit: use mixed_bfloat16 precision, finetune.checkpoint_layers, or train "
-    "fewer parameters."
+    "One row alone does not fit: use mixed_bfloat16 precision, finetune.checkpoint_layers, or "
+    "train fewer parameters."
 )
 _FEWER_BUFFERS = (
     "This limit counts live buffers, not bytes: use fewer batch shapes (each compiled shape keeps "
