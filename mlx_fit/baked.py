@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fit.modes import fingerprint
+from mlx_fit._tree import leaves
+from mlx_fit.modes import PLAIN, fingerprint
 from mlx_fit.rates import optimizers_of, settings
 
 MANY = 32  # changes of settings within a fit, each of which compiles the step anew
@@ -40,12 +41,12 @@ class BakedIn:
         self._live = [vars(owner) for owner in (*modules, self._optimizer, *parts)]
         self._then = [_copied(fields) for fields in self._live]
         held = [pair for module in modules for pair in _held(module)]
-        held += [
-            (fields, key) for fields in self._live for key in fields if _is_object(fields[key])
-        ]
-        self._containers = [container for container, _ in held]
-        self._keys = [key for _, key in held]
-        self._values = [container[key] for container, key in held]
+        held += [(fields, k) for fields in self._live for k, v in fields.items() if _is_object(v)]
+        same = [(c, key, c[key]) for c, key in held if not isinstance(c[key], tuple)]
+        # MLX makes the tuples of a model anew with every step, so these are compared by value.
+        equal = [(c, key, c[key]) for c, key in held if _is_plain_tuple(c[key])]
+        self._containers, self._keys, self._values = _columns(same)
+        self._owners, self._places, self._tuples = _columns(equal)
         self._lists = [value for value in self._values if isinstance(value, list)]
         self._sizes = [*map(len, self._lists)]
 
@@ -58,6 +59,7 @@ class BakedIn:
             if (
                 all(map(is_, map(getitem, self._containers, self._keys), self._values))
                 and [*map(len, self._lists)] == self._sizes
+                and [*map(getitem, self._owners, self._places)] == self._tuples
                 and self._live == self._then
             ):
                 return
@@ -92,7 +94,15 @@ def _copied(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _is_object(value: Any) -> bool:
     """Whether equal is not enough: layers, functions and the like are told apart by identity."""
-    return not isinstance(value, (bool, int, float, str, set, list, type(None)))
+    return not isinstance(value, (*PLAIN, set, list))
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(leaf, PLAIN) for _, leaf in leaves(value))
+
+
+def _columns(rows: list[tuple[Any, Any, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
 def _held(container: Any) -> Iterator[tuple[Any, Any]]:
@@ -102,5 +112,5 @@ def _held(container: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(value, mx.array):
             continue
         yield container, key
-        if isinstance(value, (dict, list, tuple)) and not isinstance(value, nn.Module):
+        if isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
             yield from _held(value)

@@ -77,8 +77,8 @@ class TrainStep(StepState):
         self._frozen: list[set[str]] = []  # those of the layers themselves, which change in place
         self._frozen_then: list[set[str]] = []
         self._old_traces = 0
-        self.baked = BakedIn(model, optimizer, self._follow_settings)
         self._build()
+        self.baked = BakedIn(model, optimizer, self._follow_settings)
 
     # --- building ---------------------------------------------------------------------------------
 

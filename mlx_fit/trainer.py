@@ -423,7 +423,7 @@ class Trainer(Stateful):
 
         Raises:
             ConfigurationError: there is no loss or no optimizer.
-            DataError: the batch has no rows, or its first rows weigh nothing.
+            DataError: it is no batch, has no rows, or its first rows weigh nothing.
 
         Example:
             >>> import mlx.nn as nn, mlx.optimizers as optim, numpy as np

@@ -177,6 +177,13 @@ class Followed:
         self.num_changes += self.baked.has_changed()
 
 
+def test_a_run_that_changes_nothing_is_looked_at_no_closer(monkeypatch):
+    closer = []
+    monkeypatch.setattr(BakedIn, "has_changed", lambda self: closer.append(1))
+    trained(Do("on_train_batch_end", lambda _: None), epochs=2)
+    assert not closer
+
+
 def test_a_change_with_every_batch_is_warned_of():
     model = nn.Dropout(0.1)
     followed = Followed(model)
