@@ -371,6 +371,10 @@ _FEWER_BYTES = (
     "Use a smaller batch_size with gradient_accumulation, or mixed_bfloat16 precision, "
     "or train fewer parameters."
 )
+_LESS_A_ROW = (
+    "One row alone does not fit: use mixed_bfloat16 precision, finetune.checkpoint_layers, or "
+    "train fewer parameters."
+)
 _FEWER_BUFFERS = (
     "This limit counts live buffers, not bytes: use fewer batch shapes (each compiled shape keeps "
     "its own), and do not hold on to old arrays."
@@ -430,6 +434,8 @@ def from_runtime_error(
     for pattern, kind, suggestion in _OUT_OF_MEMORY:
         if match := pattern.match(text):
             facts = match.groupdict()
+            if batch_size == 1 and suggestion == _FEWER_BYTES:
+                suggestion = _LESS_A_ROW
             return OutOfMemoryError(
                 f"The device ran out of memory: {text.rstrip('.')}.{f' {state}' if state else ''}",
                 needed_bytes=int(facts["needed"]) if facts.get("needed") else None,

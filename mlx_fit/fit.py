@@ -186,10 +186,13 @@ class Fit:
         """Take the epoch's batches, as many as there are before something ends it."""
         step = self._step
         always, displays = self._callbacks.train_batch_end()
+        begin = self._callbacks.bound("on_train_batch_begin")
+        if self._callbacks.runs_user_code and self._run.info.compiles:
+            begin = [*begin, step.baked.look]
         run_batches(
             batches if self._weigh is None else map(self._weigh, batches),
             self._taking,
-            self._callbacks.bound("on_train_batch_begin"),
+            begin,
             always,
             self._is_over,
             self._run.pace,
@@ -271,8 +274,12 @@ class Fit:
         if validated is not None:
             self._callbacks.call_last("on_validation_end", validated)
         is_late = perf_counter() >= self._ending.save_at
+        is_saved = False
         if self._saver is not None and self._saver.is_due(done, is_late):
             self._at.save()
+            is_saved = True
+        if is_saved or validated is not None:  # user code was told of it
+            self._step.baked.look()
 
     def _plan_next_event(self) -> None:
         schedule, done = self._schedule, self._step.num_windows

@@ -13,13 +13,14 @@ from mlx_fit.errors import ConfigurationError
 from mlx_fit.finetune.blocks import find_blocks
 from mlx_fit.finetune.contexts import checkpoint_layers
 from mlx_fit.guard import Guard
-from mlx_fit.objective import Objective
+from mlx_fit.objective import FunctionObjective, Objective
 from mlx_fit.options import StepOptions
 from mlx_fit.plan import (
     FAR_BELOW,
     Growth,
     MemoryPlan,
     Suggestion,
+    check_batch,
     make_plan,
     measure,
     smaller_batches,
@@ -55,6 +56,7 @@ class Foresight(Guard):
 
     def plan(self, batch: Any) -> MemoryPlan:
         """Measure and predict everything; see :class:`~mlx_fit.plan.MemoryPlan`."""
+        check_batch(batch, is_cut=not isinstance(self._objective, FunctionObjective))
         limit = min(limits().values())
         with self._untouched():
             probe = self._probe(self._options, limit)
@@ -77,9 +79,10 @@ class Foresight(Guard):
         accumulation = self._options.gradient_accumulation
         smaller = smaller_batches(growth, rows, limit, accumulation)
         if not smaller or smaller[0].peak_bytes > limit:
+            few = "one row fits" if growth.fewest == 1 else f"{growth.fewest} rows fit"
             return (
-                'Not even one row fits: use precision="mixed_bfloat16", finetune.checkpoint_layers,'
-                f" or finetune.apply_lora to train fewer parameters. {from_the_plan}"
+                f'Not even {few}: use precision="mixed_bfloat16", finetune.checkpoint_layers, or '
+                f"finetune.apply_lora to train fewer parameters. {from_the_plan}"
             )
         [(change, peak)] = smaller
         return f'Use {change} (predicted {format_bytes(peak)}), or on_oom="split". {from_the_plan}'

@@ -10,21 +10,30 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 def fingerprint(model: nn.Module) -> list[Any]:
     """What a compiled step bakes in: each module, its mode, what it froze, its plain settings."""
-    plain = (bool, int, float, str, type(None))
     layers = [
         (
             id(module),
-            tuple(module),
+            [(key, _plain_in(value)) for key, value in module.items()],
             frozenset(module._no_grad),
-            [(k, v if isinstance(v, plain) else id(v)) for k, v in vars(module).items()],
+            [(k, v if isinstance(v, PLAIN) else id(v)) for k, v in vars(module).items()],
         )
         for module in model.modules()
     ]
     # Compiled functions, and the random key they captured, belong to one thread.
     return [threading.get_ident(), *layers]
+
+
+def _plain_in(value: Any) -> list[Any]:
+    """The plain values of a list, tuple or dict in a layer, but not those of layers in it."""
+    if not isinstance(value, (dict, list, tuple)) or isinstance(value, nn.Module):
+        return [value] if isinstance(value, PLAIN) else []
+    parts = value.values() if isinstance(value, dict) else value
+    return [plain for part in parts for plain in _plain_in(part)]
 
 
 @contextmanager

@@ -441,8 +441,9 @@ def _no_targets(batch: Any) -> str:
     expected = "the loss needs targets; expected a tuple (x, y) or (x, y, weights)"
     if isinstance(batch, dict):
         return (
-            f"The batch is a dict with {', '.join(map(str, batch))}, but {expected}. Turn its rows "
-            "into pairs, Map(dataset, lambda row, rng: (row['x'], row['y'])), or pass "
+            f"The batch is a dict with {', '.join(map(str, batch))}, but {expected}. Read a table "
+            "with target='its column', turn rows into pairs with "
+            "Map(dataset, lambda row, rng: (row['x'], row['y'])), or pass "
             "objective=f(model, batch), which gets the dict."
         )
     if hasattr(batch, "_fields"):

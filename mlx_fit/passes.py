@@ -80,7 +80,7 @@ def evaluate_pass(
         logs, uncounted = known or (logs, uncounted)
     if uncounted and not stops():
         names = ", ".join(uncounted)
-        warnings.warn(f"Evaluated without {names}: the weights of all rows sum to 0.", stacklevel=3)
+        warnings.warn(f"Evaluated without {names}: the weights of all rows sum to 0.", stacklevel=4)
     callbacks.call("on_test_end", logs)
     return logs
 

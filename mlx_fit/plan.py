@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from mlx_fit.batch import num_rows
+from mlx_fit._tree import leaves
+from mlx_fit.batch import describe, num_rows
+from mlx_fit.errors import DataError
 from mlx_fit.probing import Probe
 from mlx_fit.runtime.memory import format_bytes
 
@@ -127,11 +129,16 @@ class Growth:
         high = min(point for point in self.points if point[0] > rows)
         return int(low[1] + (high[1] - low[1]) * (rows - low[0]) / (high[0] - low[0]))
 
+    @property
+    def fewest(self) -> int:
+        """The fewest rows that can be computed: two where BatchNorm would have one value."""
+        return self.points[0][0]
+
     def largest(self, limit: float) -> int:
-        """The most rows whose peak is within a limit; 0 if not even one is."""
-        if self.at(1) > limit:
+        """The most rows whose peak is within a limit; 0 if not even the fewest are."""
+        if self.at(self.fewest) > limit:
             return 0
-        low, high = 1, 2
+        low, high = self.fewest, 2 * self.fewest
         while self.at(high) <= limit and high < 1 << 40:
             low, high = high, high * 2
         while high - low > 1:
@@ -276,18 +283,64 @@ def make_plan(
     }
     suggestions = smaller_batches(growth, rows, limit, accumulation)
     suggestions += alternatives(growth)
+    suggestions = [suggestion for suggestion in suggestions if suggestion.peak_bytes < peak]
     suggestions.sort(key=lambda suggestion: suggestion.peak_bytes)
     return MemoryPlan(rows, peak, limit, largest, parts, tuple(suggestions))
 
 
 def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) -> list[Suggestion]:
-    """The same update from smaller batches: the largest that fit with a margin, at most half."""
-    if rows < 2:
-        return []
-    largest = max(growth.largest(MARGIN * limit - growth.window), 1)
+    """About the same update from smaller batches: the largest that fit with a margin, or half."""
+    largest = max(growth.largest(MARGIN * limit - growth.window), growth.fewest)
     parts = max(-(-rows // largest), 2)
-    while rows % parts:
-        parts += 1
-    size = rows // parts
+    size = -(-rows // parts)
+    # Parts of equal rows make the very same update, but a number may have no such parts.
+    even = next(rows // n for n in range(parts, rows + 1) if rows % n == 0) if rows > 1 else 0
+    if even >= max(size / 2, growth.fewest):
+        size = even
+    if size < growth.fewest or size >= rows:
+        return []
+    parts = -(-rows // size)
     change = f"batch_size={size} with gradient_accumulation={parts * accumulation}"
+    if size * parts != rows:
+        change += f" (updates of {size * parts * accumulation} rows)"
     return [Suggestion(change, growth.at(size) + growth.window)]
+
+
+def check_batch(batch: Any, is_cut: bool = True) -> None:
+    """Raise unless it is one batch, with rows.
+
+    Args:
+        batch: what is to be planned for.
+        is_cut: whether all of its arrays are cut into rows alike.
+
+    Raises:
+        DataError: it is something else, holds text, has no rows, or not as many everywhere.
+    """
+    named = list(leaves(batch))
+    if any(isinstance(leaf, (str, bytes)) for _, leaf in named):
+        raise DataError(
+            "plan(batch) got text; expected a batch of arrays. Take one of those that training "
+            "gets: trainer.plan(next(iter(BucketBatches(TextDataset(...), batch_size=8))))."
+        )
+    is_loader = len(named) == 1 and named[0][1] is batch and not hasattr(batch, "shape")
+    several = isinstance(batch, list) and _are_batches(batch)
+    if (is_loader and isinstance(batch, Iterable)) or several:
+        what = "a list of batches" if several else f"a {type(batch).__name__}"
+        one = "batches[0]" if several else "next(iter(loader))"
+        raise DataError(f"plan(batch) got {what}; expected one batch: trainer.plan({one}).")
+    rows = {path: leaf.shape[0] for path, leaf in named if getattr(leaf, "shape", None)}
+    if num_rows(batch) == 0 or (is_cut and 0 in rows.values()):
+        raise DataError("The batch has no rows. Give one as training gets it.")
+    if is_cut and len(set(rows.values())) > 1:
+        raise DataError(
+            f"Not all arrays of the batch have as many rows: {describe(batch)}. Give each row its "
+            "target and its weight."
+        )
+
+
+def _are_batches(parts: list[Any]) -> bool:
+    """Whether a list holds batches, and not the inputs and targets of one."""
+    if not all(isinstance(part, (tuple, list)) for part in parts):
+        return False
+    has_arrays = any(getattr(leaf, "shape", None) for _, leaf in leaves(parts))
+    return has_arrays and (len(parts) not in (2, 3) or hasattr(parts[0], "_fields"))

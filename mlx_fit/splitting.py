@@ -44,10 +44,13 @@ class Splitter:
             OutOfMemoryError: one row did not fit, or fewer rows would not help.
             Exception: the error itself, if it was no lack of memory.
         """
-        found = error if isinstance(error, OutOfMemoryError) else from_runtime_error(error)
-        if not isinstance(found, OutOfMemoryError):
+        is_found = isinstance(error, OutOfMemoryError)
+        if not is_found and from_runtime_error(error) is None:
             raise error
         tried = min(self.rows or num_rows(batch), num_rows(batch))
+        found = error if is_found else from_runtime_error(error, batch_size=tried)
+        if not isinstance(found, OutOfMemoryError):
+            raise error
         found.batch_size = tried
         if tried < 2 or found.kind not in SPLIT_FOR:
             raise found from (None if found is error else error)

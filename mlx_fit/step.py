@@ -3,7 +3,7 @@
 It is compiled with model, optimizer and random state captured as inputs and outputs, the optimizer
 initialised first, and built anew when what is trainable changes.
 
-May import: ``communicator``, ``compiled``, ``objective``, ``options``, ``step_state``,
+May import: ``baked``, ``communicator``, ``compiled``, ``objective``, ``options``, ``step_state``,
 ``updating``.
 """
 
@@ -20,6 +20,7 @@ from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
 from mlx_fit._tree import named_arrays, select, snapshot
+from mlx_fit.baked import BakedIn
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
@@ -46,6 +47,7 @@ class TrainStep(StepState):
 
     Attributes:
         guard: called with each batch of a new shape before anything is computed; may raise.
+        baked: what is compiled in; ``baked.look()`` where user code may have changed it.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainStep(StepState):
         self._frozen_then: list[set[str]] = []
         self._old_traces = 0
         self._build()
+        self.baked = BakedIn(model, optimizer, self._follow_settings)
 
     # --- building ---------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class TrainStep(StepState):
         self._rates.check()
         self._old_traces = self.num_traces
         self._build()
+        self.baked.note()
 
     def follow_freezes(self) -> None:
         """Build anew if something was frozen or thawed since, by a callback for instance."""
@@ -108,6 +112,16 @@ class TrainStep(StepState):
         if self._window:  # what was frozen keeps its value, what was thawed had no gradient yet
             gradients, *rest = self._window
             self._window = [fitted(gradients, self.model.trainable_parameters()), *rest]
+
+    def _follow_settings(self) -> None:
+        """The same for the layers, their settings and the optimizer's."""
+        if self._window and self.exchange is not None:
+            return  # it looks changed still when the window is closed
+        if self.baked.has_changed():
+            self.wait()
+            self.follow_freezes()  # it may be these, which an open window must follow
+            if self._fingerprint() != self._built_for:
+                self._rebuild()
 
     def _fingerprint(self) -> list[Any]:
         # Shapes and dtypes too: a callback that changes them makes MLX trace again, unguarded.
@@ -202,7 +216,10 @@ class TrainStep(StepState):
                 self.options.precision.look_for_promotion(
                     self.model, lambda: self.objective(self.model, batch)
                 )
-            return self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
+            results = self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
+            if self.options.compile:
+                self.baked.note()  # what a forward pass sets is no change
+            return results
         except Exception as error:
             explain(error)
             error.add_note(f"In the training step, for the batch {describe(batch)}.")

@@ -31,6 +31,7 @@ from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_er
 from mlx_fit.fit import Fit
 from mlx_fit.foresight import Foresight
 from mlx_fit.history import History
+from mlx_fit.keywords import known_only
 from mlx_fit.logs import Logs
 from mlx_fit.modes import training_mode
 from mlx_fit.objective import Objective, as_objective, direction_of
@@ -95,6 +96,7 @@ class Trainer(Stateful):
         True
     """
 
+    @known_only
     def __init__(
         self,
         model: nn.Module,
@@ -151,6 +153,7 @@ class Trainer(Stateful):
 
     # --- training ---------------------------------------------------------------------------------
 
+    @known_only
     def fit(
         self,
         train: Any,
@@ -250,6 +253,7 @@ class Trainer(Stateful):
                 )
                 return self._run_fit(given)
 
+    @known_only
     def train(
         self,
         train_dataset: Any,
@@ -290,6 +294,7 @@ class Trainer(Stateful):
 
     # --- evaluation and prediction ----------------------------------------------------------------
 
+    @known_only
     def evaluate(
         self,
         data: Any,
@@ -332,6 +337,7 @@ class Trainer(Stateful):
         """Loss and metrics of one batch, given as ``(x, y)`` or as separate arguments."""
         return self.evaluate([as_batch(x, y, weights)], verbose=0)
 
+    @known_only
     def predict(
         self,
         data: Any,
@@ -358,6 +364,7 @@ class Trainer(Stateful):
             parts = [*self.predict_batches(data, verbose=verbose, **options)]
         return join_outputs(parts, "Use predict_batches, which gives them batch by batch.")
 
+    @known_only
     def predict_batches(
         self,
         data: Any,
@@ -416,7 +423,7 @@ class Trainer(Stateful):
 
         Raises:
             ConfigurationError: there is no loss or no optimizer.
-            DataError: the batch has no rows, or its first rows weigh nothing.
+            DataError: it is no batch, has no rows, or its first rows weigh nothing.
 
         Example:
             >>> import mlx.nn as nn, mlx.optimizers as optim, numpy as np
@@ -488,7 +495,7 @@ class Trainer(Stateful):
                 self._last_fit = None
                 warnings.warn(
                     f"A later save() will hold nothing of this fit but its weights: {error!r}",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             return history
         finally:

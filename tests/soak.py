@@ -204,11 +204,12 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=int, default=0, help="first die at each of N operations")
+    parser.add_argument("--first-stage", type=int, default=1, help="the first of them")
     parser.add_argument("--fresh", action="store_true", help="start interpreters instead of forks")
     parser.add_argument("--leave-out", choices=PARTS, help="negative control")
     arguments = parser.parse_args(argv)
     soak = Soak(arguments.seed, arguments.fresh, arguments.leave_out)
-    for number in range(1, arguments.stages + 1):
+    for number in range(arguments.first_stage, arguments.stages + 1):
         for background in (True, False):
             soak.check(background, keep=1 + number % 3 // 2, ends=[("event", number)])
     at_random = soak.kills + arguments.kills

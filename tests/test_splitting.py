@@ -175,6 +175,7 @@ def test_one_row_that_does_not_fit_raises_and_leaves_everything():
         trainer.fit(data(), verbose=0)
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert caught.value.batch_size == 1
+    assert "One row alone does not fit" in str(caught.value)
     assert_same(everything(trainer), before)
 
 

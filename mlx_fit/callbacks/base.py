@@ -23,6 +23,10 @@ class Callback:
     ``logs["loss"]`` is the running mean over the epoch and ``logs.batch["loss"]`` this batch's
     value; both are read from the device only when touched.
 
+    A hook may freeze layers, change their settings and modes or those of the optimizer, and put
+    other layers in place: the next batch is computed so. The step is then compiled anew, so what
+    changes with every batch belongs in an array.
+
     Attributes:
         trainer: the run, once it has started.
         params: ``{"verbose", "epochs", "steps"}``.
@@ -182,6 +186,13 @@ class CallbackList:
         methods = [(c, self._method(c, "on_train_batch_end")) for c in hooks]
         always = [method for callback, method in methods if callback.due_at is None]
         return always, [(c, method) for c, method in methods if c.due_at is not None]
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether batches are told to hooks that are not of this library."""
+        hooks = ("on_train_batch_begin", "on_train_batch_end")
+        own = [getattr(c, hook) for c in self._called for hook in hooks if _overrides(c, hook)]
+        return any(not str(getattr(m, "__module__", "")).startswith("mlx_fit.") for m in own)
 
     @property
     def wants_layer_norms(self) -> bool:

@@ -28,6 +28,7 @@ from mlx_fit.cli.results import print_table
 from mlx_fit.cli.settings import checking_usage
 from mlx_fit.data.dataset import ArrayDataset
 from mlx_fit.data.loader import DataLoader
+from mlx_fit.runtime.memory import format_bytes
 from mlx_fit.trainer import Trainer
 
 MIB = 2**20
@@ -187,7 +188,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     for verb in ("save", "load"):
         ms = saved[f"{verb}_ms"]
         speed = f"{ms:.0f} ms, {1e3 * saved['mib'] / ms:,.0f} MiB/s with hashes"
-        rows.append((f"{verb} {saved['mib']:.0f} MiB", speed))
+        rows.append((f"{verb} {format_bytes(round(saved['mib'] * MIB))}", speed))
     return rows
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_fit import errors
+from mlx_fit._tree import leaves
 from mlx_fit.cli.settings import UsageError, known, nearest
 from mlx_fit.errors import ConfigurationError, MlxFitError
 
@@ -99,6 +100,8 @@ class Names:
         positional = options.pop(ARGS, [])
         if not isinstance(positional, list):
             raise UsageError(f"{where}.{ARGS} is {positional!r}; expected a list.")
+        if str(getattr(found, "__module__", "")).startswith("mlx."):
+            self._refuse_names([positional, options], name, where)
         _check_arguments(found, name, positional, options, where)
         if inspect.isgeneratorfunction(found):
             return partial(found, *positional, **options)  # each epoch calls it anew
@@ -168,6 +171,15 @@ class Names:
         if isinstance(value, dict):
             return {key: self._argument(item, f"{where}.{key}") for key, item in value.items()}
         return value
+
+    def _refuse_names(self, given: Any, name: str, where: str) -> None:
+        """Raise for a text where MLX, which takes no names, wants what it stands for."""
+        for _, text in leaves(given):
+            if isinstance(text, str) and text in self.known:
+                raise UsageError(
+                    f"{where}: {name} is given the text {text!r}, and MLX takes no names. What it "
+                    f"stands for is written {{ use = {text!r} }}."
+                )
 
     def _called(
         self,

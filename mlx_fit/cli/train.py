@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change or add a key, such as fit.epochs=3 or callbacks.EarlyStopping=false; may be "
-        "given several times",
+        help="change or add a key, such as fit.epochs=3 or callbacks.EarlyStopping=false; KEY= "
+        "leaves it out; may be given several times",
     )
     parser.add_argument(
         "--dry-run",

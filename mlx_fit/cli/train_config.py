@@ -37,7 +37,8 @@ def read_config(path: Path, changes: Iterable[str]) -> dict[str, Any]:
 
     Args:
         path: the TOML file.
-        changes: ``"table.key=value"``, the value as in TOML, or a text without quotes.
+        changes: ``"table.key=value"``, the value as in TOML, or a text without quotes;
+            ``"table.key="`` leaves a key out.
 
     Raises:
         UsageError: it cannot be read, or a name in it is unknown.
@@ -67,7 +68,14 @@ def _set(config: dict[str, Any], change: str) -> None:
             raise UsageError(f"--set {change}: {part} is {inner!r}, which has no keys.")
         place[index] = inner
         place = inner
-    place[_index(place, parts[-1], change)] = _value(text.strip())
+    index = _index(place, parts[-1], change)
+    if text.strip():
+        place[index] = _value(text.strip())
+    elif isinstance(place, list) or index in place:
+        del place[index]
+    else:
+        near = known(index, place)
+        raise UsageError(f"--set {change}: there is no {key.strip()} to leave out.{near}")
 
 
 def _index(place: Any, part: str, change: str) -> Any:

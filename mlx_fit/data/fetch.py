@@ -1,6 +1,7 @@
 """One batch from a dataset and its indices.
 
-Imports layer 2: data.arrays, data.collate, data.dataset, data.table.
+Imports layer 2: data.arrays, data.collate, data.dataset, data.table,
+data.table_target.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mlx_fit.data.arrays import batch_dtype, flatten, skeleton, to_numpy, unflat
 from mlx_fit.data.collate import collate
 from mlx_fit.data.dataset import ArrayDataset, ConcatDataset, Subset
 from mlx_fit.data.table import TableDataset
+from mlx_fit.data.table_target import TargetRows
 from mlx_fit.errors import DataError
 
 __all__ = ["Check", "Indices", "add_position", "describe_rows", "fetcher", "stream_fetcher"]
@@ -48,7 +50,7 @@ def fetcher(
     """
     if isinstance(dataset, ArrayDataset) and collate_fn is None:
         return partial(_fetch_arrays, dataset)
-    if isinstance(dataset, TableDataset) and collate_fn is not None:
+    if isinstance(dataset, TableDataset | TargetRows) and collate_fn is not None:
         return partial(_fetch_whole, dataset.rows, collate_fn, check)
     own = isinstance(dataset, ArrayDataset | Subset | ConcatDataset)
     is_slow = isinstance(dataset, ConcatDataset) and not dataset.gives_batches

@@ -17,6 +17,7 @@ ORDER_VERSION = 1
 
 # Above this a permutation (8 bytes per sample) costs more memory than computing its entries.
 _LARGEST_PERMUTATION = 10_000_000
+_TOO_MANY = 1 << 62  # entries and lengths are int64
 _ROUNDS = 8
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -39,7 +40,7 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray | FeistelOrder:
         a :class:`FeistelOrder` of the same length beyond, which needs no memory.
 
     Raises:
-        ConfigurationError: ``n`` is negative.
+        ConfigurationError: ``n`` is negative, or 2**62 and more.
 
     Example:
         >>> from mlx_fit.data import order
@@ -49,6 +50,8 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray | FeistelOrder:
     seed, epoch, n = operator.index(seed), operator.index(epoch), operator.index(n)
     if n < 0:
         raise ConfigurationError(f"order() was asked for n={n} samples; n must be 0 or more.")
+    if n >= _TOO_MANY:
+        raise ConfigurationError(f"order() was asked for n={n} samples; n must be below 2**62.")
     digest = _digest(f"{ORDER_VERSION}:{seed}:{epoch}")
     if n > _LARGEST_PERMUTATION:
         return FeistelOrder(n, np.frombuffer(digest, "<u8").astype(np.uint64))

@@ -1,5 +1,5 @@
 """Arrow and Parquet tables as datasets. Imports layer 2: data.arrays, data.arrow_columns,
-data.row_groups.
+data.row_groups, data.table_target.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from mlx_fit.checks import natural
 from mlx_fit.data.arrow_columns import column_values, is_numeric, leaf_type, row_values
 from mlx_fit.data.row_groups import RowGroups
+from mlx_fit.data.table_target import TargetRows
 from mlx_fit.errors import ConfigurationError, DataError
 
 __all__ = ["PlainRows", "TableDataset", "is_arrow_table", "open_table"]
@@ -32,13 +33,35 @@ class _Source(NamedTuple):
     num_kept: int
 
 
+@overload
 def open_table(
     source: Any,
     columns: Sequence[str] | None = None,
     *,
     missing: Mapping[str, float] | None = None,
     num_kept: int = 4,
-) -> TableDataset:
+) -> TableDataset: ...
+
+
+@overload
+def open_table(
+    source: Any,
+    columns: Sequence[str] | None = None,
+    *,
+    target: str | None,
+    missing: Mapping[str, float] | None = None,
+    num_kept: int = 4,
+) -> TableDataset | TargetRows: ...
+
+
+def open_table(
+    source: Any,
+    columns: Sequence[str] | None = None,
+    *,
+    target: str | None = None,
+    missing: Mapping[str, float] | None = None,
+    num_kept: int = 4,
+) -> TableDataset | TargetRows:
     """The rows of Parquet or Arrow files, of any size, without reading them at once.
 
     Arrow files (IPC, as a file or a stream: what Hugging Face writes, and Feather) are
@@ -51,6 +74,10 @@ def open_table(
         source: a path, a list of paths whose rows follow each other, or a ``pyarrow.Table``. A
             file's content decides what it is, not its name.
         columns: which to read, in this order. Default: all.
+        target: the column that is ``y``. Then rows are ``(x, y)``: where one other column is read
+            and holds lists of numbers, these are ``x``; otherwise the others, which must be
+            numbers, are one float32 vector ``x`` of shape ``(columns,)``. Without it rows are dicts
+            by column.
         missing: what a null becomes, by the name of a column of numbers. A float makes a column of
             integers float32. Without an entry a null there is an error.
         num_kept: row groups of Parquet that stay decoded.
@@ -72,9 +99,14 @@ def open_table(
         ((2, 2), [0, 1])
     """
     names = None if columns is None else _names(columns)
-    return TableDataset(
+    if target is not None and not isinstance(target, str):
+        raise ConfigurationError(f"target={target!r}; expected the name of a column, or None.")
+    if names is not None and target is not None and target not in names:
+        names.append(target)
+    table = TableDataset(
         _Source(source, names, dict(missing or {}), natural("num_kept", num_kept, 1))
     )
+    return table if target is None else table.with_target(target)
 
 
 class TableDataset:
@@ -142,6 +174,14 @@ class TableDataset:
             raise IndexError(f"row {wanted[outside][0]} of a table of {len(self)} rows")
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         return wanted, self._rows.take(wanted).select(self.columns)
+
+    def with_target(self, target: str) -> TargetRows:
+        """The same rows as ``(x, y)``; see :func:`open_table`."""
+        if target not in self.columns:
+            raise ConfigurationError(
+                f"target={target!r} is no column. The table has: {', '.join(self.columns)}."
+            )
+        return TargetRows(self, target, self._rows.schema)
 
     def column(self, name: str) -> np.ndarray:
         """All values of a column, of shape ``(rows, ...)``: labels for a sampler, for example."""

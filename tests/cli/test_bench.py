@@ -9,6 +9,7 @@ from toys import Do
 
 from mlx_fit.cli import bench, main
 from mlx_fit.cli.bench_fit import against_hand, by_hand, calls_of_batches, interval, make_rows
+from mlx_fit.runtime.memory import format_bytes
 
 
 def test_it_prints_a_table_and_writes_what_it_says(tmp_path, capsys):
@@ -23,6 +24,8 @@ def test_it_prints_a_table_and_writes_what_it_says(tmp_path, capsys):
     assert f"{found['loader']['rows_per_second']:,.0f} rows/s" in out
     # Weights, both of AdamW's moments, and little else.
     weights = 4 * (bench.QUICK.side**2 + bench.QUICK.side) * 4
+    assert f"save {format_bytes(round(found['checkpoint']['mib'] * 2**20))} " in out
+    assert "save 0 MiB" not in out
     assert 3 * weights <= found["checkpoint"]["mib"] * 2**20 <= 3.5 * weights
     assert found["machine"]["mlx_fit"] in out
 

@@ -352,7 +352,14 @@ def test_files_and_functions_are_arguments_as_well(place, capsys):
         ("fit.verbose=9", "verbose=9"),
         ("fit.strategy=zer", "strategy='zer'"),
         ("fit.checkpoint_every.evry=3", "Did you mean 'every'?"),
+        (
+            "model={use = 'Sequential', args = [{use = 'Linear', args = [4, 2]}, 'ReLU']}",
+            "model: Sequential is given the text 'ReLU', and MLX takes no names. What it stands "
+            "for is written { use = 'ReLU' }",
+        ),
         ("fit", "expected KEY=VALUE"),
+        ("fit.epoch=", "there is no fit.epoch to leave out. Did you mean 'epochs'?"),
+        ("fit.none.such=", "there is no fit.none.such to leave out"),
         ("fit.epochs.x=3", "epochs is 2, which has no keys"),
     ],
 )
@@ -418,6 +425,37 @@ def test_a_place_in_a_list_can_be_set(place, capsys):
     assert train("callbacks.0.word=b", config="own.toml") == 0
     assert "<b 0>" in capsys.readouterr().out
     assert train("callbacks.1.word=b", config="own.toml") == 2
+
+
+def test_a_key_without_a_value_is_left_out(place, capsys):
+    (place / "own.toml").write_text(
+        'callbacks = [{ use = "mine_code.py:Announce", word = "a" }]\n' + BASE
+    )
+    assert train("callbacks.0.word=", config="own.toml") == 0
+    assert "<epoch 0>" in capsys.readouterr().out
+    assert train("callbacks.0=", config="own.toml") == 0
+    assert "<" not in capsys.readouterr().out
+    assert train("optimizer.learning_rate=") == 2
+    assert "missing a required argument: 'learning_rate'" in capsys.readouterr().err
+
+
+def test_a_table_with_a_target_needs_no_code(place, capsys):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    columns = {name: rng.normal(size=40) for name in "abcd"} | {"y": np.arange(40) % 2}
+    parquet.write_table(pa.table(columns), place / "rows.parquet")
+    np.savez(
+        place / "rows.npz",
+        x=np.stack([columns[n] for n in "abcd"], 1).astype(np.float32),
+        y=columns["y"],
+    )
+    found = []
+    for part in ("{use = 'rows.parquet', target = 'y'}", "'rows.npz'"):
+        assert train(f"data={{train = {part}}}", "fit.epochs=1") == 0
+        found.append(table_of(capsys)["loss"])
+    assert found[0] == found[1]
+    assert train("data={train = 'rows.parquet'}", "fit.epochs=1") == 1
+    assert "Read a table with target='its column'" in capsys.readouterr().err
 
 
 def test_help_has_an_example_that_can_be_read(place, capsys):

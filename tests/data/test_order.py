@@ -94,3 +94,11 @@ def test_neighbours_in_a_large_order_are_unrelated():
 def test_a_negative_length_is_refused():
     with pytest.raises(ConfigurationError, match="n=-1"):
         order(0, 0, -1)
+
+
+def test_more_samples_than_a_position_can_hold_are_refused():
+    last = (1 << 62) - 1
+    assert 0 <= order(0, 0, last)[last - 1] < last
+    for n in (1 << 62, 1 << 63, 1 << 64):
+        with pytest.raises(ConfigurationError, match=rf"n={n} samples; n must be below 2\*\*62"):
+            order(0, 0, n)

@@ -5,6 +5,7 @@ import pickle
 import warnings
 from itertools import chain
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
@@ -286,3 +287,57 @@ def test_a_table_without_rows_is_refused_by_fit():
     trainer = Trainer(nn.Linear(2, 1), optim.SGD(0.01), "mse")
     with pytest.raises(DataError, match="empty"):
         trainer.fit(open_table(pa.table({"a": pa.array([], pa.int64())})), verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "table"])
+def test_a_target_makes_pairs_of_numbers(kind, tmp_path):
+    table = pa.table(content())
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    source = table if kind == "table" else tmp_path / "a.parquet"
+    rows = open_table(source, ["x", "flag"], target="i")
+    x, y = next(iter(DataLoader(rows, batch_size=N)))
+    expected = np.stack([np.array(table["x"]), np.array(table["flag"])], axis=1)
+    np.testing.assert_array_equal(x, expected.astype(np.float32))
+    assert (x.dtype, y.tolist()) == (np.float32, list(range(N)))
+    one, target = pickle.loads(pickle.dumps(rows))[3]
+    np.testing.assert_array_equal(one, expected[3])
+    assert (target, rows.columns, len(rows)) == (3, ["x", "flag"], N)
+    assert rows.group_sizes == ([5, 5, 5, 5, 3] if kind == "parquet" else [N])
+    assert rows.column("i").tolist() == list(range(N))
+
+
+def test_one_column_of_lists_is_x_as_it_is():
+    rows = open_table(pa.table(content()), ["grid"], target="kind")
+    x, y = next(iter(DataLoader(rows, batch_size=4)))
+    assert (x.shape, x.dtype.kind, y) == ((4, 2, 2), "i", ["cat", "dog", "cat", "dog"])
+    collated = next(iter(DataLoader(rows, batch_size=4, collate_fn=lambda pairs: pairs)))
+    assert [target for _, target in collated] == y
+
+
+def test_a_table_with_a_target_is_trained_on():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 2)).astype(np.float32)
+    table = pa.table({"a": x[:, 0], "b": x[:, 1], "y": (x.sum(1) > 0).astype(np.int32)})
+    losses = []
+    for data in (open_table(table, target="y"), (x, np.array(table["y"]))):
+        mx.random.seed(0)
+        trainer = Trainer(nn.Linear(2, 2), optim.Adam(0.1), "cross_entropy", seed=0)
+        losses.append(trainer.fit(data, epochs=3, verbose=0).history["loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "target", "says"),
+    [
+        (None, "i", "found text: string"),
+        (["x", "vector"], "i", "found vector: list"),
+        (["i"], "i", "found none"),
+        (None, "label", "There is no column 'label'|'label' is no column"),
+        (["x"], "label", "no column 'label'"),
+        (["x"], 3, "expected the name of a column"),
+    ],
+)
+def test_a_target_that_cannot_work_is_refused(columns, target, says):
+    with pytest.raises(ConfigurationError, match=says):
+        open_table(pa.table(content()), columns, target=target)

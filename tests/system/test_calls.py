@@ -83,7 +83,10 @@ def test_a_steady_batch_makes_at_most_15_calls(tmp_path, capsys):
 
 
 def test_watchers_that_only_look_add_no_calls(tmp_path, capsys):
-    """They look when an epoch ends; the wait for data is measured by the loop itself."""
+    """They look when an epoch ends; the wait for data is measured by the loop itself.
+
+    One of the calls is for the profile: after user code the step looks at what it has compiled in.
+    """
     watchers = [
         TensorBoard(tmp_path),
         CSVLogger(tmp_path / "a.csv"),
@@ -102,7 +105,7 @@ def test_watchers_that_only_look_add_no_calls(tmp_path, capsys):
         finally:
             sys.setprofile(None)
         counts.append(min(calls.total() for calls in profile.calls))
-    assert counts[0] == counts[1] <= 14, describe(profile.calls[0])
+    assert counts[0] == counts[1] <= LIMIT, describe(profile.calls[0])
 
 
 def test_every_batch_between_two_looks_costs_the_same(tmp_path, capsys):

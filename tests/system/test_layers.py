@@ -41,6 +41,7 @@ LAYERS = [
             "_version",
             "pace",
             "habits",
+            "keywords",
         ),
         "_lazy",
     },
@@ -51,7 +52,7 @@ LAYERS = [
     },
     {
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
-        *("evaluation", "summary", "updating"),
+        *("evaluation", "summary", "updating", "baked"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
         *("preference", "dpo", "orpo"),
     },
