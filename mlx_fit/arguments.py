@@ -16,7 +16,7 @@ from mlx_fit.data.arrays import is_array
 from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
-from mlx_fit.data.split import split_over
+from mlx_fit.data.split import EvaluatedSource, split_over
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.protocols import Communicator
 from mlx_fit.runtime.device import DeviceConfig
@@ -106,8 +106,15 @@ def evaluation_source(
     size = natural("batch_size", batch_size, 1)
     if is_data_module(data):
         data = loader_for(data, stage)
-    source = as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
-    return split_over(source, ranks)
+    source = as_source(
+        data,
+        batch_size=size,
+        shuffle=False,
+        seed=0,
+        name=name,
+        may_be_empty=ranks.size > 1,
+    )
+    return split_over(source, ranks, EvaluatedSource)
 
 
 def validation_sets(
