@@ -96,13 +96,8 @@ def prepare_fit(
         saved = found[1].trainer["order_seed"]
         check_seed(order.given_seed, saved)
         order = replace(order, seed=saved)
-    source = as_source(
-        train,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=order.seed,
-        may_be_empty=ranks.size > 1,
-    )
+    given: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "seed": order.seed}
+    source = as_source(train, may_be_empty=ranks.size > 1, **given)
     joined = JoinedSource if schedule.steps_per_epoch is None else EndlessSource
     source = split_over(source, ranks, joined)
     start = max(order.num_passes, schedule.initial_epoch)

@@ -111,3 +111,12 @@ def test_a_run_of_uneven_ranks_goes_on_where_each_was(two, name):
         whole, parts = found[name]
         assert whole == parts
         assert whole["step"] == 12
+
+
+def test_a_share_of_one_row_through_batch_norm_says_what_to_change(tmp_path):
+    name = "one_row_through_batch_norm"
+    first, second = run_cases(2, [name], tmp_path, "uneven_cases.py")[name]
+    assert (first["type"], second["type"]) == ("PeerError", "DataError")
+    text = "rank 1's share of the batch is one row. Each rank normalises its own share: give batch"
+    assert text in second["text"]
+    assert f"Rank 1 raised DataError at step 1: {second['text']}" in first["text"]

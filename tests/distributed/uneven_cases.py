@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from rank_cases import RANK, case, error_of, fitted, main, own_batches, rows, trainer_of
@@ -96,6 +97,12 @@ def other_kinds(folder):
             lambda: fitted(trainer_of(uneven="stop"), lambda: iter(own_batches((2, 0))))
         ),
     }
+
+
+@case
+def one_row_through_batch_norm(folder):
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm(4))
+    return error_of(lambda: fitted(trainer_of(model, batch_size=3), rows(3)))
 
 
 @case
