@@ -15,6 +15,7 @@ from mlx_fit.distributed.aligning import align, align_key, check_plan, plan_of
 from mlx_fit.distributed.balance import Balance
 from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.distributed.ring import connect, rank_and_size
+from mlx_fit.distributed.sharing import share_memory
 from mlx_fit.distributed.strategies import strategy_of
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.distributed.strategy_state import StrategyState
@@ -129,9 +130,11 @@ class DistributedTrainer(Trainer):
                 ring.balances = True
                 self._own_callbacks.append(Balance(ring))
             align(ring, {"The weights": model.state})
+            with self.device_config.applied():
+                share_memory(ring)
 
     def _start_alike(self, ring: Any) -> None:
-        """Weights, optimizer state and random key of rank 0 on all ranks."""
+        """Weights, optimizer state and random key of rank 0 on all ranks; shares of memory."""
         check_plan(ring, plan_of(self.model))
         trees: dict[str, Any] = {"The weights": self.model.state}
         if self.optimizer is not None:
@@ -141,3 +144,5 @@ class DistributedTrainer(Trainer):
         align(ring, trees)
         align_key(ring)
         mx.eval(self.model.state)
+        with self.device_config.applied():
+            share_memory(ring)
