@@ -280,8 +280,13 @@ def make_plan(
     return MemoryPlan(rows, peak, limit, largest, parts, tuple(suggestions))
 
 
-def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) -> list[Suggestion]:
-    """The same update from smaller batches: the largest that fit with a margin, at most half."""
+def smaller_batches(
+    growth: Growth, rows: int, limit: int, accumulation: int, num_ranks: int = 1
+) -> list[Suggestion]:
+    """The same update from smaller batches: the largest that fit with a margin, at most half.
+
+    ``rows`` are those of one rank, and what is suggested is the batch of all.
+    """
     if rows < 2:
         return []
     largest = max(growth.largest(MARGIN * limit - growth.window), 1)
@@ -289,5 +294,5 @@ def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) ->
     while rows % parts:
         parts += 1
     size = rows // parts
-    change = f"batch_size={size} with gradient_accumulation={parts * accumulation}"
+    change = f"batch_size={size * num_ranks} with gradient_accumulation={parts * accumulation}"
     return [Suggestion(change, growth.at(size) + growth.window)]

@@ -546,7 +546,8 @@ class Trainer(Stateful):
             )
         has_limit = self.device_config.memory_limit is not None
         objective = self._require_objective()
-        return Foresight(self.model, self.optimizer, objective, self._options, has_limit)
+        size = self.communicator.size
+        return Foresight(self.model, self.optimizer, objective, self._options, has_limit, size)
 
     def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
         self._drop_train_step()

@@ -22,6 +22,7 @@ from mlx_fit.distributed.strategy_state import StrategyState
 from mlx_fit.distributed.sync import SyncPolicy
 from mlx_fit.distributed.windows import Windows
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.pass_steps import PassSteps
 from mlx_fit.rates import OptimizerSetup
 from mlx_fit.state import PartialOptimizer
 from mlx_fit.trainer import Trainer
@@ -121,6 +122,8 @@ class DistributedTrainer(Trainer):
             check_same(ring, {f"DistributedTrainer's {k}": v for k, v in settings.items()})
             self._order_seed = of_first(ring, self._order_seed)
             self._make_exchange = partial(Windows, ring, chosen, policy.check_every)
+            has_limit = self.device_config.memory_limit is not None
+            self._pass_steps = PassSteps(self._options, has_limit, self.size)
             self._align = partial(self._start_alike, ring)
             self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
             self._setup = OptimizerSetup(self.optimizer)

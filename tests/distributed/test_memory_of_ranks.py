@@ -89,7 +89,10 @@ def test_ranks_of_one_machine_share_its_memory(tmp_path):
     expected = (16_000_000 + sum(each["held"] for each in of_one)) // 2
     assert [each["share"] for each in of_one] == [expected] * 2
     for each in of_one:
-        assert "this rank's share of what its machine or container has" in each["caught"]["text"]
+        text = each["caught"]["text"]
+        assert "A training step with 2048 rows on this rank is predicted" in text
+        assert "this rank's share of what its machine or container has" in text
+        assert "batch_size=2048 with gradient_accumulation=2" in text  # 1024 rows on each
 
 
 # --- ends -----------------------------------------------------------------------------------------
