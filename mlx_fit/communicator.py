@@ -321,8 +321,11 @@ class Exchange(Protocol):
     votes: Votes
     rank: int
 
-    def begin(self, model: nn.Module, number: int) -> None:
-        """A window begins: the ``number``-th, from 0."""
+    def begin(self, model: nn.Module, number: int, loaded: float) -> None:
+        """A window begins: the ``number``-th, from 0; ``loaded`` is its weight in a checkpoint."""
+
+    def statistics(self, model: nn.Module, window: list[Any]) -> dict[str, mx.array]:
+        """Running statistics of all ranks inside a window, by name; collective."""
 
     def gather_number(self, number: int) -> list[int]:
         """A number of every rank, by rank; collective."""

@@ -467,6 +467,32 @@ def saved_in_a_window(folder):
     return {"whole": whole, "resumed": fitted(make(), rows(96), **other)}
 
 
+@case
+def statistics_saved_in_a_window(folder):
+    """BatchNorm, and shares of 5 and 4 rows; rank 0 alone looks at what was saved."""
+    own = []
+
+    class Own(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if batch == 4 and self.trainer.epoch == 0:
+                own.append(np.array(self.model.layers[0].running_mean).tolist())
+
+    def make():
+        model = nn.Sequential(nn.BatchNorm(8), nn.Linear(8, 4))
+        return trainer_of(model, optim.AdamW(0.01), gradient_accumulation=3, batch_size=9)
+
+    trainer = make()
+    whole = fitted(trainer, rows(81), callbacks=[SaveInWindow(folder / "saved"), Own()])
+    saved = mx.load(str(folder / "saved" / "model.safetensors"))
+    other = {"checkpoint_dir": folder / "other", "resume": folder / "saved"}
+    return {
+        "own": own[0],
+        "saved": saved["layers.0.running_mean"].tolist(),
+        "whole": whole,
+        "resumed": fitted(make(), rows(81), **other),
+    }
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 
