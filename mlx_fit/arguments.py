@@ -45,7 +45,7 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     if is_data_module(train):
         train, own = fit_loaders(train)
         val = own if val is None else val
-    if is_array(train) and is_array(val):
+    if _is_array(train) and _is_array(val):
         raise ConfigurationError(
             "fit(x, y) got two arrays: the second argument is validation data. Write "
             "fit((x, y)), with the pair in one tuple."
@@ -55,6 +55,11 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     if fraction and val is None:
         return split_rows(train, fraction)
     return train, val
+
+
+def _is_array(data: Any) -> bool:
+    """Whether data is one array; an empty list is the batches of a rank that has none."""
+    return is_array(data) and not (isinstance(data, list) and not data)
 
 
 def check_trainer(
@@ -129,7 +134,7 @@ def validation_sets(
             )
         return {}
     sets = val if isinstance(val, dict) else {"": val}
-    if arrays := [name for name, data in sets.items() if name and is_array(data)]:
+    if arrays := [name for name, data in sets.items() if name and _is_array(data)]:
         raise ConfigurationError(
             "val is a dict, which means several validation sets, but "
             f"val[{arrays[0]!r}] is one array without targets. Write val=(x, y), or "

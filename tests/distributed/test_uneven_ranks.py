@@ -9,7 +9,8 @@ from ranks import run_cases
 
 CASES = [
     *("trained_by_rank_0", "trained_by_rank_1", "epochs_of_steps_of_rank_1"),
-    *("validated_by_rank_0", "evaluated_by_rank_1", "nothing_anywhere", "other_kinds", "resumed"),
+    *("validated_by_rank_0", "evaluated_by_rank_1", "several_sets", "single_batches"),
+    *("nothing_anywhere", "other_kinds", "resumed"),
 ]
 FORMS = ("list", "iterator", "function")
 
@@ -72,6 +73,21 @@ def test_evaluation_and_prediction_need_one_rank_with_rows(two, form):
     for found in two["evaluated_by_rank_1"]:
         assert found[form]["values"] == pytest.approx(expected, abs=1e-6)
         assert rank_cases.np.array(found[form]["outputs"]) == pytest.approx(outputs, abs=1e-6)
+
+
+def test_each_rank_may_have_another_of_several_validation_sets(two):
+    first, second = two["several_sets"]
+    assert first == second
+    assert {"val_a_loss", "val_b_loss"} < first[0].keys()
+    assert "val_loss" in first[1]
+
+
+def test_single_batches_are_the_same_news_for_all(two):
+    trainer, (x, y) = trainer_of(), rows(6)
+    expected = [trainer.train_on_batch(x, y), trainer.train_on_batch(x, y)]
+    expected.append(trainer.test_on_batch(x, y))
+    for found in two["single_batches"]:
+        assert found == [pytest.approx(each, abs=1e-6) for each in expected]
 
 
 @pytest.mark.parametrize("form", [*FORMS, "arrays"])

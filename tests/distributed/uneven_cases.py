@@ -63,6 +63,27 @@ def evaluated_by_rank_1(folder):
 
 
 @case
+def several_sets(folder):
+    """Validation sets of which each rank has one; and no rank has both kinds of data."""
+    sets = {"a": own_batches((1, 0)), "b": own_batches((0, 2))}
+    found = fitted(trainer_of(), own_batches((2, 1)), val=sets, epochs=1)["history"]
+    both = fitted(trainer_of(), own_batches((2, 0)), val=own_batches((1, 0)), epochs=1)["history"]
+    return [found, both]
+
+
+@case
+def single_batches(folder):
+    """One batch at a time, of which rank 1 has no row."""
+    (x, y), count = rows(6), 0 if RANK else 6
+    trainer = trainer_of()
+    return [
+        trainer.train_on_batch(x[:count], y[:count]),
+        trainer.train_on_batch(x[:count], y[:count]),
+        trainer.test_on_batch(x[:count], y[:count]),
+    ]
+
+
+@case
 def nothing_anywhere(folder):
     def errors(make):
         return [
