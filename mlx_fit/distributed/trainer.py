@@ -53,8 +53,8 @@ class DistributedTrainer(Trainer):
             ``"diloco"``, or a strategy object of ``mlx_fit.distributed``.
         sync: how gradients are exchanged, and how long ranks wait for each other.
         uneven: for iterables that give some ranks fewer batches than others, or none. ``"join"``:
-            those that have ended take part without samples until all have ended. ``"stop"``: all end
-            with the first.
+            those that have ended take part without samples until all have ended. ``"stop"``: all
+            end with the first.
         balance: measure in each epoch how fast the ranks are, and let faster ones read more rows
             of each batch in the next: results stay the same up to rounding. For data that the
             trainer splits.
