@@ -235,11 +235,11 @@ class SlowRows:
 
 @case
 def balanced(folder):
-    data = SlowRows(0.002)
+    data = SlowRows(0.004)
     trainer = trainer_of(batch_size=32, balance=True)
     loader = DataLoader(data, batch_size=32, shuffle=True, seed=3, prefetch_factor=0)
     found = fitted(trainer, loader, epochs=3, val=rows(33, seed=5), log_every=1)
-    ahead = SlowRows(0.002)  # read by a thread, whose time nobody sees
+    ahead = SlowRows(0.004)  # read by a thread, whose time nobody sees
     trainer_of(batch_size=32, balance=True).fit(ahead, epochs=5, verbose=0)
     rates = trainer.communicator.rates
     return found | {"sizes": data.sizes, "sizes_ahead": ahead.sizes, "rates": rates}

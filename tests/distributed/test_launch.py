@@ -80,7 +80,8 @@ def test_a_rank_that_failed_ends_the_others(capfd, monkeypatch):
     assert "rank 0 ended with exit code 4" in capfd.readouterr().err
 
 
-def test_the_traceback_of_the_rank_that_failed_is_the_last_word(capfd, tmp_path):
+def test_the_traceback_of_the_rank_that_failed_is_the_last_word(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_fit.distributed.launch._END_SECONDS", 60)
     script = tmp_path / "fails.py"
     script.write_text(
         "import os, sys, time\n"
