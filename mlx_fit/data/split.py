@@ -50,10 +50,10 @@ def split_over(source: Source, ranks: Communicator, own: type[OwnSource]) -> Sou
     is_split = isinstance(source, RowSource) or (
         isinstance(source, BatchSource) and isinstance(source.iterable, DataLoader | Splittable)
     )
-    found = gather(ranks, [is_split, source.num_batches], "kinds of data")
-    if any(other != is_split for other, _ in found):
+    found = gather(ranks, [is_split, source.num_batches, source.one_shot], "kinds of data")
+    if any(other != is_split for other, *_ in found):
         whole, parts = (
-            [rank for rank, (k, _) in enumerate(found) if k is v] for v in (True, False)
+            [rank for rank, (k, *_) in enumerate(found) if k is v] for v in (True, False)
         )
         raise _known(
             ranks,
@@ -64,7 +64,7 @@ def split_over(source: Source, ranks: Communicator, own: type[OwnSource]) -> Sou
                 "list where it has none)."
             ),
         )
-    if all(count == 0 for _, count in found):
+    if all(count == 0 for _, count, _ in found):
         raise _known(ranks, _empty(source.name, ranks))
     if is_split:
         assert isinstance(source, RowSource | BatchSource)
@@ -75,7 +75,9 @@ def split_over(source: Source, ranks: Communicator, own: type[OwnSource]) -> Sou
             "gives each rank batches of its own. Give arrays, a dataset or a DataLoader, or leave "
             "balance out."
         )
-    return own(source, ranks, [count for _, count in found])
+    if own is EndlessSource and any(one_shot for *_, one_shot in found):
+        own = JoinedSource  # an iterator does not start again
+    return own(source, ranks, [count for _, count, _ in found])
 
 
 def _known(ranks: Communicator, error: MlxFitError) -> MlxFitError:
@@ -257,7 +259,7 @@ class EndlessSource(OwnSource):
     """Each rank's own batches, over and over, for epochs of so many steps.
 
     One pass that does not end, so that it has the same length on all ranks; a rank that has no
-    batches gives None. An iterator, which cannot start again, ends it.
+    batches gives None.
     """
 
     def __init__(self, source: Source, ranks: Communicator, counts: list[int | None]) -> None:
@@ -274,7 +276,7 @@ class EndlessSource(OwnSource):
             batch = _END
             for batch in self._source.batches(number):
                 yield batch
-            if batch is _END or self.one_shot:
+            if batch is _END:
                 return
 
     def _in_pass(self, num_batches: int, own: int) -> int:

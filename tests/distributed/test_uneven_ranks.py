@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import rank_cases
 from rank_cases import fitted, rows, trainer_of
@@ -10,7 +11,7 @@ from ranks import run_cases
 CASES = [
     *("trained_by_rank_0", "trained_by_rank_1", "epochs_of_steps_of_rank_1"),
     *("validated_by_rank_0", "evaluated_by_rank_1", "several_sets", "single_batches"),
-    *("nothing_anywhere", "other_kinds", "resumed"),
+    *("nothing_anywhere", "other_kinds", "resumed", "epochs_of_steps_of_iterators"),
 ]
 FORMS = ("list", "iterator", "function")
 
@@ -27,8 +28,6 @@ def batches(count):
 
 
 def assert_same(found, expected, *keys):
-    import numpy as np
-
     for key in keys:
         for name, values in expected[key].items():
             np.testing.assert_allclose(found[key][name], values, atol=1e-6, err_msg=name)
@@ -58,6 +57,18 @@ def test_epochs_of_steps_go_on_without_the_idle_rank(two, form):
         assert_same(found[form], expected, "weights", "history")
 
 
+def test_an_iterator_that_has_run_out_takes_part_until_all_have(two):
+    x, y = rows(20)
+    own = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 20, 4)]
+    # The first batch of both ranks together, then rank 0's alone.
+    joined = [tuple(map(np.concatenate, zip(own[0], own[4], strict=True))), *own[1:4]]
+    expected = fitted(trainer_of(), joined, epochs=2, steps_per_epoch=2)
+    for found in two["epochs_of_steps_of_iterators"]:
+        assert_same(found, expected, "weights", "history")
+        assert found["error"]["type"] == "DataError"
+        assert "ran out after 0 of 2 steps" in found["error"]["text"]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_validation_counts_what_there_is(two, form):
     first, second = two["validated_by_rank_0"]
@@ -72,7 +83,7 @@ def test_evaluation_and_prediction_need_one_rank_with_rows(two, form):
     outputs = trainer_of().predict(batches(3), verbose=0)
     for found in two["evaluated_by_rank_1"]:
         assert found[form]["values"] == pytest.approx(expected, abs=1e-6)
-        assert rank_cases.np.array(found[form]["outputs"]) == pytest.approx(outputs, abs=1e-6)
+        assert np.array(found[form]["outputs"]) == pytest.approx(outputs, abs=1e-6)
 
 
 def test_each_rank_may_have_another_of_several_validation_sets(two):

@@ -44,6 +44,15 @@ def epochs_of_steps_of_rank_1(folder):
 
 
 @case
+def epochs_of_steps_of_iterators(folder):
+    """Rank 1 runs out in the first of the epochs; rank 0 has enough for two, not for three."""
+    batches = own_batches((4, 1))
+    found = fitted(trainer_of(), iter(batches), epochs=2, steps_per_epoch=2)
+    error = error_of(lambda: fitted(trainer_of(), iter(batches), epochs=3, steps_per_epoch=2))
+    return found | {"error": error}
+
+
+@case
 def validated_by_rank_0(folder):
     found = {}
     for form, val in forms(own_batches((3, 0))).items():
