@@ -569,7 +569,9 @@ def elastic(folder):
         return np.stack([s[0] for s in samples]), np.array([s[1] for s in samples])
 
     data = [(x[i], y[i]) for i in range(70)]
-    loader = DataLoader(DataSet(data), batch_size=30, shuffle=True, seed=4, collate_fn=collate)
+    # Nothing is read ahead: what is seen would depend on time.
+    options = {"shuffle": True, "seed": 4, "collate_fn": collate, "prefetch_factor": 0}
+    loader = DataLoader(DataSet(data), batch_size=30, **options)
     model = nn.Sequential(nn.Dropout(0.0), mlp())
     schedule = optim.cosine_decay(1e-2, 15)
     trainer = DistributedTrainer(model, optim.AdamW(schedule), objective=objective, seed=1)
