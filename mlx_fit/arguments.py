@@ -16,7 +16,7 @@ from mlx_fit.data.arrays import is_array
 from mlx_fit.data.data_module import fit_loaders, is_data_module, loader_for
 from mlx_fit.data.feed import Replay
 from mlx_fit.data.sources import Source, as_source, split_rows
-from mlx_fit.data.split import split_over
+from mlx_fit.data.split import EvaluatedSource, split_over
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.protocols import Communicator
 from mlx_fit.runtime.device import DeviceConfig
@@ -45,7 +45,7 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     if is_data_module(train):
         train, own = fit_loaders(train)
         val = own if val is None else val
-    if is_array(train) and is_array(val):
+    if _is_array(train) and _is_array(val):
         raise ConfigurationError(
             "fit(x, y) got two arrays: the second argument is validation data. Write "
             "fit((x, y)), with the pair in one tuple."
@@ -55,6 +55,11 @@ def split_validation(train: Any, val: Any, fraction: float) -> tuple[Any, Any]:
     if fraction and val is None:
         return split_rows(train, fraction)
     return train, val
+
+
+def _is_array(data: Any) -> bool:
+    """Whether data is one array; an empty list is the batches of a rank that has none."""
+    return is_array(data) and not (isinstance(data, list) and not data)
 
 
 def check_trainer(
@@ -106,8 +111,15 @@ def evaluation_source(
     size = natural("batch_size", batch_size, 1)
     if is_data_module(data):
         data = loader_for(data, stage)
-    source = as_source(data, batch_size=size, shuffle=False, seed=0, name=name)
-    return split_over(source, ranks)
+    source = as_source(
+        data,
+        batch_size=size,
+        shuffle=False,
+        seed=0,
+        name=name,
+        may_be_empty=ranks.size > 1,
+    )
+    return split_over(source, ranks, EvaluatedSource)
 
 
 def validation_sets(
@@ -122,7 +134,7 @@ def validation_sets(
             )
         return {}
     sets = val if isinstance(val, dict) else {"": val}
-    if arrays := [name for name, data in sets.items() if name and is_array(data)]:
+    if arrays := [name for name, data in sets.items() if name and _is_array(data)]:
         raise ConfigurationError(
             "val is a dict, which means several validation sets, but "
             f"val[{arrays[0]!r}] is one array without targets. Write val=(x, y), or "

@@ -148,12 +148,15 @@ def first_alone(ranks: Communicator, act: Callable[[], T], step: int = 0) -> T:
     return found[0]
 
 
-def check_same(ranks: Communicator, settings: Mapping[str, Any]) -> None:
+def check_same(
+    ranks: Communicator, settings: Mapping[str, Any], remedy: str = "all ranks need the same."
+) -> None:
     """Raise on all ranks unless they have equal plain values.
 
     Args:
         ranks: the ranks.
         settings: what a value is, for the message -> the value.
+        remedy: what to do, for the message.
 
     Raises:
         ConfigurationError: names the first that differs, and both values.
@@ -167,7 +170,7 @@ def check_same(ranks: Communicator, settings: Mapping[str, Any]) -> None:
         what = next((k for k in [*found[0], *other] if found[0].get(k) != other.get(k)), "order")
         error = ConfigurationError(
             f"{what} is {found[0].get(what, 'missing')} on rank 0 and "
-            f"{other.get(what, 'missing')} on rank {rank}; all ranks need the same."
+            f"{other.get(what, 'missing')} on rank {rank}; {remedy}"
         )
         ranks.knows(error)
         raise error
@@ -318,8 +321,11 @@ class Exchange(Protocol):
     votes: Votes
     rank: int
 
-    def begin(self, model: nn.Module, number: int) -> None:
-        """A window begins: the ``number``-th, from 0."""
+    def begin(self, model: nn.Module, number: int, loaded: float) -> None:
+        """A window begins: the ``number``-th, from 0; ``loaded`` is its weight in a checkpoint."""
+
+    def statistics(self, model: nn.Module, window: list[Any]) -> dict[str, mx.array]:
+        """Running statistics of all ranks inside a window, by name; collective."""
 
     def gather_number(self, number: int) -> list[int]:
         """A number of every rank, by rank; collective."""

@@ -111,6 +111,8 @@ class FitState:
             )
         is_inside = phase in (BATCHES, EPOCH_END)
         num_passes = feed["start_epoch"] + feed["passes_finished"]
+        trainer = {**run.state_dict(), "num_passes": num_passes}
+        trainer["model"] |= step.joined_statistics()
         position = {
             "phase": phase,
             "epoch": run.epoch,
@@ -127,7 +129,7 @@ class FitState:
             "recorder": self.recorder.state_dict(run.epoch),
         }
         return TrainState(
-            {**run.state_dict(), "num_passes": num_passes},
+            trainer,
             trainable_names(run.model),
             position,
             open_window_of_all(self._ranks, step.open_window()) if step.window_open else {},
@@ -277,10 +279,10 @@ class FitState:
             # Another batch size gives another number: then the last window closes with the data.
             num_batches = None if resumption.is_rebatched else run.info.steps_per_epoch
             self._step.start_epoch(num_batches)
-            sums, window = state.sums, state.window
-            if self._ranks.rank:  # rank 0 has what all had
-                sums, window = None if sums is None else sums | {"rows": {}}, {}
-            self._step.load_state_dict(position["step"], sums, window)
+            sums, is_first = state.sums, self._ranks.rank == 0  # rank 0 has what all had
+            if not is_first:
+                sums = None if sums is None else sums | {"rows": {}}
+            self._step.load_state_dict(position["step"], sums, state.window, is_first)
         self.recorder.load_state_dict(position["recorder"])
         self.validated, self.validated_at = position["validated"], position["validated_at"]
         self.logs = position["logs"]

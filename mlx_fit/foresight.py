@@ -38,6 +38,7 @@ class Foresight(Guard):
     Args:
         model, optimizer, objective, options: the trainer's.
         has_limit: whether the user set a memory limit; then every first batch is measured.
+        num_ranks: that share each batch.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Foresight(Guard):
         objective: Objective,
         options: StepOptions,
         has_limit: bool,
+        num_ranks: int = 1,
     ) -> None:
-        super().__init__(model, "A training step", has_limit)
+        super().__init__(model, "A training step", has_limit, num_ranks)
         self._optimizer = optimizer
         self._objective = objective
         # Where batches are split, gradients and update come after each other: no more than fused.
@@ -77,7 +79,7 @@ class Foresight(Guard):
         """A smaller batch, or a smaller model."""
         from_the_plan = "trainer.plan(batch) shows what takes how much."
         accumulation = self._options.gradient_accumulation
-        smaller = smaller_batches(growth, rows, limit, accumulation)
+        smaller = smaller_batches(growth, rows, limit, accumulation, self._num_ranks)
         if not smaller or smaller[0].peak_bytes > limit:
             few = "one row fits" if growth.fewest == 1 else f"{growth.fewest} rows fit"
             return (

@@ -30,12 +30,14 @@ class Guard(ABC):
         model: what computes.
         what: is computed, for the message.
         has_limit: whether the user set a memory limit; then every first batch is measured.
+        num_ranks: that share each batch; ``batch_size`` is that of all of them.
     """
 
-    def __init__(self, model: nn.Module, what: str, has_limit: bool) -> None:
+    def __init__(self, model: nn.Module, what: str, has_limit: bool, num_ranks: int = 1) -> None:
         self._model = model
         self._what = what
         self._has_limit = has_limit
+        self._num_ranks = num_ranks
         self._safe_size = 0  # numbers in the largest batch that was found to fit
         self._refused: tuple[Growth, float] | None = None  # and the numbers in one of its rows
 
@@ -86,8 +88,9 @@ class Guard(ABC):
         needed, limit = growth.at(equal_rows), found[name]
         if needed <= limit:
             return
+        size = f"batch_size={rows}" if self._num_ranks == 1 else f"{rows} rows on this rank"
         raise OutOfMemoryError(
-            f"{self._what} with batch_size={rows} is predicted to need {format_bytes(needed)}, "
+            f"{self._what} with {size} is predicted to need {format_bytes(needed)}, "
             f"and the limit is {format_bytes(limit)} ({name}). Nothing was computed.",
             needed_bytes=needed,
             limit_bytes=limit,

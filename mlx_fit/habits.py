@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_fit.errors import DataError
+
 # What PyTorch code calls on losses, tensors and modules, and what takes its place here.
 REPLACED = {
     "backward": "return the loss; the trainer differentiates it",
@@ -69,11 +71,6 @@ _IN_PLACE = {
 _MISUSED = [
     (r"^view\(\): incompatible", "use x.reshape(...); MLX's view changes the dtype"),
     (r"kwargs = \{.*\bdim\b", "PyTorch's dim= is axis= in MLX, keepdim= is keepdims="),
-    (
-        r"more than one value per channel",
-        "a batch of one row has no variance: use drop_last=True or another batch_size. Of several "
-        'ranks, or with on_oom="split", the rows of a part count',
-    ),
     (r"kwargs = \{.*\bkeepdim\b", "PyTorch's keepdim= is keepdims= in MLX"),
     (
         r"^'int' object is not callable",
@@ -131,3 +128,28 @@ def replacement(name: str) -> str | None:
     if plain == name or plain.startswith("_") or not hasattr(mx, _IN_PLACE.get(plain, plain)):
         return None
     return f"MLX has no operations in place: write x = mx.{_IN_PLACE.get(plain, plain)}(...)"
+
+
+def no_variance(error: Exception, rank: int | None, splits: bool) -> DataError | None:
+    """The error to raise where BatchNorm was given one row alone; None for any other error.
+
+    Args:
+        error: what the model has raised.
+        rank: of this process, if there are others.
+        splits: whether batches may be computed in parts.
+    """
+    if not isinstance(error, ValueError) or "more than one value per channel" not in str(error):
+        return None
+    if rank is None:
+        found = "the batch has one row"
+        remedy = "Use another batch_size, or drop_last=True of a DataLoader"
+    else:
+        found = f"rank {rank}'s share of the batch is one row"
+        remedy = (
+            "Each rank normalises its own share: give batch_size two rows or more for each rank, "
+            "and drop_last=True of a DataLoader if the last batch has fewer"
+        )
+    if splits:
+        found = found.replace(" is ", " or a part of it is ").replace("has", "or a part of it has")
+        remedy += ". Where memory has no room for two rows, use nn.GroupNorm or nn.LayerNorm"
+    return DataError(f"BatchNorm needs more than one value per channel, and {found}. {remedy}.")

@@ -23,12 +23,19 @@ class PassGuard(Guard):
         model, options: the trainer's.
         objective: the trainer's, or None.
         has_limit: whether the user set a memory limit; then every first batch is measured.
+        num_ranks: that share each batch.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective | None, options: StepOptions, has_limit: bool
+        self,
+        model: nn.Module,
+        objective: Objective | None,
+        options: StepOptions,
+        has_limit: bool,
+        num_ranks: int = 1,
     ) -> None:
-        super().__init__(model, "An evaluation" if objective else "A prediction", has_limit)
+        what = "An evaluation" if objective else "A prediction"
+        super().__init__(model, what, has_limit, num_ranks)
         self._objective = objective
         self._options = options
 
@@ -60,4 +67,4 @@ class PassGuard(Guard):
         if not largest:
             return 'Not even one row fits: use precision="mixed_bfloat16", or a smaller model.'
         peak = format_bytes(growth.at(largest))
-        return f'Use batch_size={largest} (predicted {peak}), or on_oom="split".'
+        return f'Use batch_size={largest * self._num_ranks} (predicted {peak}), or on_oom="split".'

@@ -16,11 +16,13 @@ class PassSteps:
     Args:
         options: the trainer's.
         has_limit: whether the user set a memory limit.
+        num_ranks: that share each batch.
     """
 
-    def __init__(self, options: StepOptions, has_limit: bool) -> None:
+    def __init__(self, options: StepOptions, has_limit: bool, num_ranks: int = 1) -> None:
         self._options = options
         self._has_limit = has_limit
+        self._num_ranks = num_ranks
         self._evaluation: EvaluationStep | None = None
         self._prediction: PredictionStep | None = None
 
@@ -41,10 +43,13 @@ class PassSteps:
         step = self._prediction
         if step is None or step.model is not model:
             step = self._prediction = PredictionStep(model, self._options)
-            step.guard = PassGuard(model, None, self._options, self._has_limit)
+            step.guard = self._guard(model, None)
         return step
 
     def _guarded(self, model: nn.Module, objective: Objective) -> EvaluationStep:
         step = EvaluationStep(model, objective, self._options)
-        step.guard = PassGuard(model, objective, self._options, self._has_limit)
+        step.guard = self._guard(model, objective)
         return step
+
+    def _guard(self, model: nn.Module, objective: Objective | None) -> PassGuard:
+        return PassGuard(model, objective, self._options, self._has_limit, self._num_ranks)

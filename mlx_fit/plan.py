@@ -288,8 +288,13 @@ def make_plan(
     return MemoryPlan(rows, peak, limit, largest, parts, tuple(suggestions))
 
 
-def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) -> list[Suggestion]:
-    """About the same update from smaller batches: the largest that fit with a margin, or half."""
+def smaller_batches(
+    growth: Growth, rows: int, limit: int, accumulation: int, num_ranks: int = 1
+) -> list[Suggestion]:
+    """About the same update from smaller batches: the largest that fit with a margin, or half.
+
+    ``rows`` are those of one rank, and what is suggested is the batch of all.
+    """
     largest = max(growth.largest(MARGIN * limit - growth.window), growth.fewest)
     parts = max(-(-rows // largest), 2)
     size = -(-rows // parts)
@@ -300,9 +305,9 @@ def smaller_batches(growth: Growth, rows: int, limit: int, accumulation: int) ->
     if size < growth.fewest or size >= rows:
         return []
     parts = -(-rows // size)
-    change = f"batch_size={size} with gradient_accumulation={parts * accumulation}"
+    change = f"batch_size={size * num_ranks} with gradient_accumulation={parts * accumulation}"
     if size * parts != rows:
-        change += f" (updates of {size * parts * accumulation} rows)"
+        change += f" (updates of {size * parts * accumulation * num_ranks} rows)"
     return [Suggestion(change, growth.at(size) + growth.window)]
 
 

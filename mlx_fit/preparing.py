@@ -15,7 +15,7 @@ from mlx_fit.communicator import check_same, first_alone
 from mlx_fit.data.class_weights import ClassWeights
 from mlx_fit.data.feed import Feed, Replay
 from mlx_fit.data.sources import as_source
-from mlx_fit.data.split import split_over
+from mlx_fit.data.split import EndlessSource, JoinedSource, split_over
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.objective import Supervised
 from mlx_fit.options import StepOptions
@@ -96,8 +96,10 @@ def prepare_fit(
         saved = found[1].trainer["order_seed"]
         check_seed(order.given_seed, saved)
         order = replace(order, seed=saved)
-    source = as_source(train, batch_size=batch_size, shuffle=shuffle, seed=order.seed, name="train")
-    source = split_over(source, ranks, joins=schedule.steps_per_epoch is None)
+    given: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "seed": order.seed}
+    source = as_source(train, may_be_empty=ranks.size > 1, **given)
+    joined = JoinedSource if schedule.steps_per_epoch is None else EndlessSource
+    source = split_over(source, ranks, joined)
     start = max(order.num_passes, schedule.initial_epoch)
     arguments = {
         "batch_size": source.batch_size,
@@ -115,6 +117,7 @@ def prepare_fit(
     if store is not None:
         arguments["checkpoint_every"] = policy.every
     agreed = arguments | {"batch_size": batch_size, "checkpoint_dir": store is not None}
+    agreed["val"] = list(val) if isinstance(val, dict) else "nothing" if val is None else "one set"
     check_same(ranks, {f"fit's {name}": value for name, value in agreed.items()})
     return Prepared(
         schedule,

@@ -6,6 +6,7 @@ Imports layer 2: evaluation, step.
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -31,11 +32,17 @@ class Splitter:
         self.rows: int | None = None
 
     def parts(self, batch: Any) -> list[Any]:
-        """The batch in micro-batches, in order: all of ``rows`` rows but the last."""
+        """The batch in micro-batches, in order: all of ``rows`` rows but the last.
+
+        A last one of a single row, which BatchNorm refuses, gets one more of the part before it.
+        """
         size = self.rows
         if size is None or batch is None or (total := num_rows(batch)) <= size:
             return [batch]
-        return [rows_between(batch, start, start + size) for start in range(0, total, size)]
+        ends = [*range(size, total, size), total]
+        if total - ends[-2] == 1 and size > 2:
+            ends[-2] -= 1
+        return [rows_between(batch, start, end) for start, end in pairwise([0, *ends])]
 
     def after(self, error: Exception, batch: Any) -> None:
         """Decide on half the rows that have just failed.

@@ -25,7 +25,7 @@ from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
-from mlx_fit.habits import explain
+from mlx_fit.habits import explain, no_variance
 from mlx_fit.logs import FOLD
 from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
@@ -222,9 +222,13 @@ class TrainStep(StepState):
             return results
         except Exception as error:
             explain(error)
-            error.add_note(f"In the training step, for the batch {describe(batch)}.")
+            rank = None if self.exchange is None else self.exchange.rank
+            found = no_variance(error, rank, self.options.on_oom == "split") or error
+            found.add_note(f"In the training step, for the batch {describe(batch)}.")
             self.is_whole = True  # a trace that fails leaves everything as it was
-            raise
+            if found is error:
+                raise
+            raise found from error
         finally:
             self._host_batch = None
 

@@ -23,6 +23,8 @@ from mlx_fit.logs import Settled, Sums
 from mlx_fit.options import StepOptions
 from mlx_fit.trainable import load_window
 
+_WEIGHT = "1"  # name of the weight in a window [gradients, weight, number of bad ones]
+
 
 class StepState(ABC):
     """What a training step keeps between batches beside model, optimizer and loss scale.
@@ -65,6 +67,7 @@ class StepState(ABC):
         self._window: list[Any] = []
         self._num_in_window = 0
         self._has_begun = exchange is None  # whether the other ranks know of this window
+        self._loaded_weight = 0.0  # of all ranks, in a window that a checkpoint held
         self._gradients_of_batch: list[Any] = []  # kept apart where they may have to be redone
         # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
         self._in_flight: deque[tuple[int, int]] = deque()
@@ -142,10 +145,26 @@ class StepState(ABC):
         """The arrays of a window that waits for its update, by name; empty between windows."""
         return dict(named_arrays(self._window))
 
+    def joined_statistics(self) -> dict[str, mx.array]:
+        """Inside a window of several ranks: the running statistics of all of them, by name."""
+        if self.exchange is None or not self.window_open:
+            return {}
+        return self.exchange.statistics(self.model, self._window)
+
     def load_state_dict(
-        self, state: dict[str, Any], sums: dict[str, Any] | None, window: dict[str, mx.array]
+        self,
+        state: dict[str, Any],
+        sums: dict[str, Any] | None,
+        window: dict[str, mx.array],
+        is_first: bool = True,
     ) -> None:
         """Go on inside an epoch that :meth:`start_epoch` has started.
+
+        Args:
+            state: what :meth:`state_dict` has given.
+            sums: the epoch's so far.
+            window: what :meth:`open_window` has given, of all ranks together.
+            is_first: whether this rank goes on with that window; the others begin with nothing.
 
         Raises:
             CheckpointMismatchError: the window's gradients are those of other parameters.
@@ -159,6 +178,8 @@ class StepState(ABC):
         if sums is not None:
             self.sums.load_state_dict(sums)
         if window:
+            self._loaded_weight = float(np.array(window[_WEIGHT]))
+        if window and is_first:
             self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
             load_window(self._window, window)
         self._settled = self.sums.num_added, self.num_windows
@@ -172,7 +193,8 @@ class StepState(ABC):
         """Where there are other ranks: begin a window, unless one is open."""
         if self.exchange is not None and not self._has_begun:
             self._has_begun = True
-            self.exchange.begin(self.model, self.num_windows)
+            self.exchange.begin(self.model, self.num_windows, self._loaded_weight)
+            self._loaded_weight = 0.0
 
     @property
     def state_parts(self) -> list[Any]:

@@ -24,7 +24,7 @@ from mlx_fit.callbacks.base import Callback, CallbackList
 from mlx_fit.callbacks.history import HistoryRecorder
 from mlx_fit.callbacks.progress import progress, resolve_verbose
 from mlx_fit.checkpoint.policy import CheckpointPolicy
-from mlx_fit.communicator import ALONE, Exchange, reporting
+from mlx_fit.communicator import ALONE, Exchange, first_known, reporting
 from mlx_fit.data.data_module import torn_down
 from mlx_fit.data.feed import Replay
 from mlx_fit.errors import ConfigurationError, OutOfMemoryError, from_runtime_error
@@ -290,7 +290,9 @@ class Trainer(Stateful):
             step.drain()
             if step.settled and step.settled.bad_window:
                 raise step.bad_loss(self.step, self.epoch)
-            return {key: plain(value) for key, value in Logs(step.sums).items()}
+            logs = {key: plain(value) for key, value in Logs(step.sums).items()}
+            # A rank that had no rows does not know what they add up to.
+            return first_known(self.communicator, logs or None) or logs
 
     # --- evaluation and prediction ----------------------------------------------------------------
 
@@ -553,7 +555,8 @@ class Trainer(Stateful):
             )
         has_limit = self.device_config.memory_limit is not None
         objective = self._require_objective()
-        return Foresight(self.model, self.optimizer, objective, self._options, has_limit)
+        size = self.communicator.size
+        return Foresight(self.model, self.optimizer, objective, self._options, has_limit, size)
 
     def _new_train_step(self, resumption: Resumption | None = None) -> TrainStep:
         self._drop_train_step()

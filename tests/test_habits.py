@@ -8,6 +8,7 @@ import pytest
 from toys import ramp, trainer_of
 
 from mlx_fit import Trainer
+from mlx_fit.errors import DataError
 from mlx_fit.habits import REPLACED, explain
 
 
@@ -52,9 +53,10 @@ def test_a_batch_of_one_row_has_no_variance():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3))
     trainer = Trainer(model, optim.SGD(0.1), "mse", batch_size=4)
     x = np.ones((5, 4), np.float32)
-    with pytest.raises(ValueError, match="more than one value per channel") as caught:
+    with pytest.raises(DataError, match=r"the batch has one row. Use another batch_size") as caught:
         trainer.fit((x, x[:, :3]), verbose=0)
-    assert "use drop_last=True or another batch_size" in " ".join(caught.value.__notes__)
+    assert "x: (1, 4) float32" in " ".join(caught.value.__notes__)
+    assert "more than one value per channel" in str(caught.value.__cause__)
 
 
 def test_an_objective_is_explained_as_well():

@@ -21,6 +21,7 @@ from mlx_fit import CausalLM, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError, DataError, OutOfMemoryError
 from mlx_fit.evaluation import EvaluationStep
+from mlx_fit.splitting import Splitter
 
 FULL = (
     "[metal::malloc] Attempting to allocate 9000 bytes which is greater than the maximum allowed "
@@ -87,6 +88,25 @@ def test_a_split_run_has_the_bits_of_one_that_began_with_small_batches(room, siz
     assert split.micro_batch_size == size
     assert_same(bits, expected)
     assert history.history == small_history.history
+
+
+def test_no_part_is_left_with_one_row_that_batchnorm_refuses():
+    trainer = make(room=3, batch_size=10, on_oom="split")
+    with pytest.warns(UserWarning, match="micro-batches of 3 rows"):
+        trainer.fit(data(20), verbose=0)
+    assert trainer.step == 2
+    splitter = Splitter()
+    for rows, total, sizes in ((3, 10, [3, 3, 2, 2]), (3, 9, [3, 3, 3]), (4, 5, [3, 2])):
+        splitter.rows = rows
+        parts = splitter.parts(np.arange(total))
+        assert [len(part) for part in parts] == sizes
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(total))
+
+
+def test_room_for_one_row_alone_says_what_to_use_instead_of_batchnorm():
+    trainer = make(room=1, on_oom="split")
+    with pytest.raises(DataError, match=r"or a part of it has one row.*GroupNorm"):
+        trainer.fit(data(8), verbose=0)
 
 
 def test_windows_of_several_batches_are_split_as_well():

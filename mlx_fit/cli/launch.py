@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-restarts", type=int, default=0, metavar="K", help="restarts after a loss (default 0)"
     )
     add("--min-ranks", type=int, metavar="M", help="go on with as few if machines are gone")
-    add("--log-dir", type=Path, metavar="DIR", help="also write each rank's output to DIR")
+    add("--log-dir", metavar="DIR", help="also write each rank's output to DIR")
     add("--output", choices=STYLES, default="prefixed", help="what the terminal shows")
     add("--grace", type=float, default=5.0, metavar="S", help="seconds from SIGTERM to SIGKILL")
     add("--env", action="append", default=[], metavar="K=V", help="a variable for all ranks")
@@ -58,7 +58,9 @@ def _job(arguments: argparse.Namespace) -> Job:
         command = command[1:]
     if arguments.num_ranks is not None and arguments.num_ranks < 1:
         raise ConfigurationError(f"-n {arguments.num_ranks}; expected at least 1.")
-    hosts = read_hosts(arguments.hosts) if arguments.hosts else [Host("localhost")]
+    if arguments.log_dir == "":
+        raise ConfigurationError("--log-dir is empty; expected a folder.")
+    hosts = [Host("localhost")] if arguments.hosts is None else read_hosts(arguments.hosts)
     return Job(
         command=command,
         hosts=seat(hosts, arguments.num_ranks),
@@ -71,7 +73,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         port=arguments.port,
         variables=_variables(arguments.env),
         output=arguments.output,
-        log_dir=arguments.log_dir,
+        log_dir=None if arguments.log_dir is None else Path(arguments.log_dir),
     )
 
 

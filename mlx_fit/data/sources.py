@@ -238,11 +238,11 @@ class FunctionSource(Source):
         self._num_skipped = num_batches
 
 
-def skipping(batches: Iterator[Any], count: int, name: str) -> Iterator[Any]:
+def skipping(batches: Iterator[Any], count: int, name: str, may_end: bool = False) -> Iterator[Any]:
     """The batches after the first ``count``, which are read and discarded.
 
     Raises:
-        ResumeError: there are fewer.
+        ResumeError: there are fewer, and they ``may_end`` no sooner.
     """
     if count:
         warnings.warn(
@@ -251,7 +251,7 @@ def skipping(batches: Iterator[Any], count: int, name: str) -> Iterator[Any]:
             stacklevel=2,
         )
         found = sum(1 for _ in islice(batches, count))
-        if found < count:
+        if found < count and not may_end:
             raise ResumeError(
                 f"The checkpoint was made after {count} batches of a pass over {name}, which has "
                 f"{found} now. Use the same data."
@@ -260,7 +260,13 @@ def skipping(batches: Iterator[Any], count: int, name: str) -> Iterator[Any]:
 
 
 def as_source(
-    data: Any, *, batch_size: int, shuffle: bool, seed: int | None, name: str = "train"
+    data: Any,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int | None,
+    name: str = "train",
+    may_be_empty: bool = False,
 ) -> Source:
     """The :class:`Source` for what a user passed as data.
 
@@ -283,6 +289,7 @@ def as_source(
         shuffle: visit rows in the order that ``seed`` and the epoch give, instead of their own.
         seed: None draws one.
         name: what to call the data in messages.
+        may_be_empty: whether data without a batch is accepted: the part of one of several ranks.
 
     Raises:
         DataError: there is no data, or it is none of the above.
@@ -305,7 +312,7 @@ def as_source(
         source = FunctionSource(data, name=name)
     else:
         raise _refused(data, name)
-    if source.num_batches == 0:
+    if source.num_batches == 0 and not may_be_empty:
         raise DataError(f"{name} is empty: {_describe(data)} without a single row or batch.")
     return source
 

@@ -19,10 +19,10 @@ TOKEN = "MLX_FIT_TOKEN"  # what ranks of one run have in common
 RESTART = "MLX_FIT_RESTART"  # how often the launcher has started the ranks again
 PORT_OFFSET = 1000
 # What describes a run; a launcher that runs within another one does not pass it on.
-OF_A_RUN = (
+OF_A_RUN = {
     *("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR"),
     *("NCCL_HOST_IP", "NCCL_PORT", CONTROL, TOKEN, RESTART),
-)
+}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def read_hosts(text: str) -> list[Host]:
             raise ConfigurationError(f"--hosts {text}: there is no such file.")
         hosts = [Host(name.strip()) for name in text.split(",")]
     else:
-        content = path.read_text()
+        content = _content(path)
         is_json = content.lstrip().startswith(("[", "{"))
         hosts = _from_json(path, content) if is_json else _from_lines(path, content)
     if not hosts or not all(_is_name(host.name) for host in hosts):
@@ -83,6 +83,16 @@ def read_hosts(text: str) -> list[Host]:
             f"--hosts {text}: expected names of machines, as a,b,c, or a file with them."
         )
     return hosts
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigurationError(
+            f"--hosts {path} cannot be read ({why}); expected JSON, or a name of a machine a line."
+        ) from error
 
 
 def _is_name(name: str) -> bool:
@@ -94,6 +104,9 @@ def _from_json(path: Path, content: str) -> list[Host]:
     try:
         data = json.loads(content)
         rows = data["hosts"] if isinstance(data, dict) else data
+        for row in rows:
+            if isinstance(row.get("ips"), str) or isinstance(row.get("rdma"), str):
+                raise TypeError("ips and rdma are lists")
         return [
             Host(str(row["ssh"]), tuple(row.get("ips", ())), tuple(row.get("rdma", ())))
             for row in rows

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from types import FrameType
 
 from mlx_fit.checks import natural, number
 from mlx_fit.distributed.backends import BACKENDS, STARTING_PORT, Surroundings, surroundings
-from mlx_fit.distributed.environment import RESTART, TOKEN
+from mlx_fit.distributed.environment import OF_A_RUN, RESTART, TOKEN
 from mlx_fit.distributed.hosts import Host
 from mlx_fit.distributed.mpi import start_mpi
 from mlx_fit.distributed.outcome import PREEMPTED, Outcome, outcome_of
@@ -83,11 +84,38 @@ class Job:
             )
         last = self.port + len(self.hosts)
         if natural("port", self.port, least=1) > 65535 or last > 65535:
-            raise ConfigurationError(f"port={self.port}; the last one would be {last}.")
+            raise ConfigurationError(
+                f"port={self.port}; the last one would be {last}, expected no more than 65535."
+            )
+        if own := sorted(OF_A_RUN & self.variables.keys()):
+            raise ConfigurationError(
+                f"{own[0]}={self.variables[own[0]]} is given to all ranks, and tells them who and "
+                "where they are: the launcher sets it. Leave it out."
+            )
+        self._check_programs()
+
+    def _check_programs(self) -> None:
+        """Raise for what is not there to be run, before anything is."""
         script = self.command[0]
-        is_here = any(host.is_here for host in self.hosts)
-        if script.endswith(".py") and is_here and not Path(script).is_file():
-            raise ConfigurationError(f"there is no file {script}.")
+        if any(host.is_here for host in self.hosts):
+            if script.endswith(".py") and not Path(script).is_file():
+                raise ConfigurationError(f"there is no file {script}.")
+            if self.backend != "mpi":  # mpirun finds programs its own way
+                self._check_program(self.line[0], self.variables.get("PATH"))
+        if not all(host.is_here for host in self.hosts):
+            try:
+                shell = shlex.split(self.shell)
+            except ValueError as error:
+                raise ConfigurationError(f"shell={self.shell!r} is no command: {error}.") from error
+            self._check_program(shell[0] if shell else "", None)
+
+    @staticmethod
+    def _check_program(program: str, path: str | None) -> None:
+        if shutil.which(program, path=path) is None:
+            raise ConfigurationError(
+                f"cannot run {program!r}: expected a program on the PATH, the path of a file that "
+                "may be executed, or a .py file."
+            )
 
     @property
     def least_ranks(self) -> int:
@@ -110,7 +138,7 @@ def launch(job: Job) -> int:
     Raises:
         ConfigurationError: a command cannot be run, or a host lacks what the backend needs.
     """
-    output = Output(job.output, job.log_dir)
+    output = Output(job.output, job.log_dir, 1 if job.backend == "mpi" else len(job.hosts))
     hosts = list(job.hosts)
     try:
         with _Signals() as signals:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections import deque
 from pathlib import Path
 from typing import BinaryIO
+
+from mlx_fit.errors import ConfigurationError
 
 STYLES = ("prefixed", "merged", "rank0")
 _KEPT_LINES = 300
@@ -20,25 +23,40 @@ class Output:
         style: ``"prefixed"`` puts ``[rank]`` before each line, ``"merged"`` nothing, ``"rank0"``
             shows rank 0's alone.
         log_dir: folder for ``rank_0.log`` and so on, with all that each rank printed.
+        num_logs: how many of these.
+
+    Raises:
+        ConfigurationError: they cannot be written.
     """
 
-    def __init__(self, style: str = "prefixed", log_dir: Path | None = None) -> None:
+    def __init__(
+        self, style: str = "prefixed", log_dir: Path | None = None, num_logs: int = 0
+    ) -> None:
         self._style = style
-        self._log_dir = log_dir
         self._logs: dict[int, BinaryIO] = {}
         self._parts: dict[tuple[int, int], bytes] = {}
         self._ends: dict[int, deque[bytes]] = {}
         self._is_closed = {1: False, 2: False}
         if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
+            self._open(log_dir, num_logs)
+
+    def _open(self, folder: Path, number: int) -> None:
+        """Open all logs, so that what is wrong shows before a rank is started."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for rank in range(number):
+                self._logs[rank] = (folder / f"rank_{rank}.log").open("ab")
+        except OSError as error:
+            self.close()
+            raise ConfigurationError(
+                f"log_dir={str(folder)!r}: {error.filename} cannot be written ({error.strerror}); "
+                "expected a folder that is there or can be made, and may be written."
+            ) from error
 
     def add(self, rank: int, stream: int, data: bytes) -> None:
         """``rank`` printed ``data`` to ``stream``, 1 or 2."""
-        if self._log_dir is not None:
-            if rank not in self._logs:
-                self._logs[rank] = (self._log_dir / f"rank_{rank}.log").open("ab")
-            self._logs[rank].write(data)
-            self._logs[rank].flush()
+        if rank in self._logs:
+            self._log(rank, data)
         text = self._parts.pop((rank, stream), b"") + data
         # A bar that redraws itself ends its lines with a carriage return.
         cut = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
@@ -73,6 +91,17 @@ class Output:
         """Close the files."""
         for log in self._logs.values():
             log.close()
+
+    def _log(self, rank: int, data: bytes) -> None:
+        """Write to a rank's file. Where the disk is full the run goes on without it."""
+        log = self._logs[rank]
+        try:
+            log.write(data)
+            log.flush()
+        except OSError as error:
+            self.say(f"{log.name} ends here ({error.strerror}); the run goes on.")
+            with contextlib.suppress(OSError):
+                self._logs.pop(rank).close()
 
     def _show(self, rank: int, stream: int, line: bytes) -> None:
         if stream == 2:

@@ -15,12 +15,14 @@ from mlx_fit.distributed.aligning import align, align_key, check_plan, plan_of
 from mlx_fit.distributed.balance import Balance
 from mlx_fit.distributed.buckets import Buckets
 from mlx_fit.distributed.ring import connect, rank_and_size
+from mlx_fit.distributed.sharing import share_memory
 from mlx_fit.distributed.strategies import strategy_of
 from mlx_fit.distributed.strategy import Strategy
 from mlx_fit.distributed.strategy_state import StrategyState
 from mlx_fit.distributed.sync import SyncPolicy
 from mlx_fit.distributed.windows import Windows
 from mlx_fit.errors import ConfigurationError
+from mlx_fit.pass_steps import PassSteps
 from mlx_fit.rates import OptimizerSetup
 from mlx_fit.state import PartialOptimizer
 from mlx_fit.trainer import Trainer
@@ -50,9 +52,9 @@ class DistributedTrainer(Trainer):
         strategy: ``"data_parallel"``, ``"zero1"``, ``"parameter_server"``, ``"local_sgd"``,
             ``"diloco"``, or a strategy object of ``mlx_fit.distributed``.
         sync: how gradients are exchanged, and how long ranks wait for each other.
-        uneven: for iterables that give some ranks fewer batches than others. ``"join"``: those
-            that have ended take part without samples until all have ended. ``"stop"``: all end
-            with the first.
+        uneven: for iterables that give some ranks fewer batches than others, or none. ``"join"``:
+            those that have ended take part without samples until all have ended. ``"stop"``: all
+            end with the first.
         balance: measure in each epoch how fast the ranks are, and let faster ones read more rows
             of each batch in the next: results stay the same up to rounding. For data that the
             trainer splits.
@@ -120,6 +122,8 @@ class DistributedTrainer(Trainer):
             check_same(ring, {f"DistributedTrainer's {k}": v for k, v in settings.items()})
             self._order_seed = of_first(ring, self._order_seed)
             self._make_exchange = partial(Windows, ring, chosen, policy.check_every)
+            has_limit = self.device_config.memory_limit is not None
+            self._pass_steps = PassSteps(self._options, has_limit, self.size)
             self._align = partial(self._start_alike, ring)
             self.optimizer = chosen.start(Buckets(policy), optimizer, ring)
             self._setup = OptimizerSetup(self.optimizer)
@@ -129,9 +133,11 @@ class DistributedTrainer(Trainer):
                 ring.balances = True
                 self._own_callbacks.append(Balance(ring))
             align(ring, {"The weights": model.state})
+            with self.device_config.applied():
+                share_memory(ring)
 
     def _start_alike(self, ring: Any) -> None:
-        """Weights, optimizer state and random key of rank 0 on all ranks."""
+        """Weights, optimizer state and random key of rank 0 on all ranks; shares of memory."""
         check_plan(ring, plan_of(self.model))
         trees: dict[str, Any] = {"The weights": self.model.state}
         if self.optimizer is not None:
@@ -141,3 +147,5 @@ class DistributedTrainer(Trainer):
         align(ring, trees)
         align_key(ring)
         mx.eval(self.model.state)
+        with self.device_config.applied():
+            share_memory(ring)

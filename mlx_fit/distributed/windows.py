@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -72,10 +73,12 @@ class Windows:
         self._capacity = 0  # lanes of the logs that all ranks know to send
         self._statistics: dict[str, mx.array] = {}
         self._key = RandomState([0, 0])
+        self._loaded = 0.0  # weight of what all ranks had in the window when it was saved
 
-    def begin(self, model: nn.Module, number: int) -> None:
+    def begin(self, model: nn.Module, number: int, loaded: float) -> None:
         """A window begins: keep the running statistics, and draw this rank's own random numbers."""
         self._ring.at_step(number + 1)
+        self._loaded = loaded if self._strategy.keeps_equal else 0.0
         self._statistics = dict(running_statistics(model))
         self._key = RandomState()
         if self._ring.rank:
@@ -129,19 +132,45 @@ class Windows:
             return Shared([], vector, is_bad, is_update=False)
         gradients = dict(named_arrays(window[0])) if window else self._zeros(model)
         own = float(np.array(window[1])) if window else 0.0
-        statistics = {n: v.astype(mx.float32) * own for n, v in running_statistics(model)}
+        seen = self._seen(window)
+        statistics = {n: v.astype(mx.float32) * seen for n, v in running_statistics(model)}
         gradients, statistics, divisor = self._strategy.reduce(
             self._ring, gradients, statistics, own, weight
         )
         if not divisor and not num_bad:
             return Shared([], vector, False, is_update=True)  # this rank had nothing to learn from
-        if divisor:
-            dtypes = {name: value.dtype for name, value in self._statistics.items()}
-            averaged = {n: (s / divisor).astype(dtypes[n]) for n, s in statistics.items()}
-            assign(model, averaged.items())
+        assign(model, self._averaged(statistics, divisor - self._loaded).items())
         tree = unnamed(model.trainable_parameters(), gradients)
         summed = [tree, mx.array(divisor), mx.array(num_bad)]
         return Shared(summed, vector, False, is_update=True)
+
+    def _seen(self, window: list[Any]) -> float:
+        """The weight of this rank's rows, from which its running statistics are.
+
+        What a checkpoint held of the window is in the statistics of all ranks already.
+        """
+        loaded = 0.0 if self.rank else self._loaded
+        return float(np.array(window[1])) - loaded if window else 0.0
+
+    def _averaged(self, sums: dict[str, mx.array], weight: float) -> dict[str, mx.array]:
+        """Running statistics from their sums, in their own dtype; {} if nothing was seen."""
+        if weight <= 0:
+            return {}
+        dtypes = {name: value.dtype for name, value in self._statistics.items()}
+        return {n: (s / weight).astype(dtypes[n]) for n, s in sums.items()}
+
+    def statistics(self, model: nn.Module, window: list[Any]) -> dict[str, mx.array]:
+        """Those of a window that is not closed, for a checkpoint: one sum, and nothing changes."""
+        named = running_statistics(model)
+        if not named or not self._strategy.keeps_equal:
+            return {}
+        seen = self._seen(window)
+        parts = [value.astype(mx.float32).reshape(-1) * seen for _, value in named]
+        (total,) = self._ring.sum([mx.concatenate([mx.array([seen]), *parts])], "statistics")
+        ends = [*accumulate([1, *(value.size for _, value in named)])]
+        weight, *sums = mx.split(total, ends[:-1])
+        shaped = {n: s.reshape(v.shape) for (n, v), s in zip(named, sums, strict=True)}
+        return self._averaged(shaped, float(np.array(weight)[0]))
 
     @staticmethod
     def _zeros(model: nn.Module) -> dict[str, mx.array]:

@@ -78,10 +78,22 @@ def limits() -> dict[str, int]:
 
     MLX's own limit (``mx.set_memory_limit``), what the device has, and for a CPU on Linux what the
     machine, the control groups of this process (container, batch job) and its address space
-    (``ulimit -v``) have left beyond what MLX holds already.
+    (``ulimit -v``) have left beyond what MLX holds already. Where other ranks of a distributed run
+    are on this machine, also this one's share of what all of them hold and can still get.
     """
+    found = {"memory_limit": mx.get_memory_limit(), **_of_machine()}
+    if _share.num_bytes is not None:
+        found["this rank's share of what its machine or container has"] = _share.num_bytes
+    if (free := address_space_left()) is not None:
+        # What MLX keeps for reuse stays mapped: it may be of the wrong sizes.
+        found["the address space of the process (ulimit -v)"] = active_bytes() + free
+    return found
+
+
+def _of_machine() -> dict[str, int]:
+    """Those limits that processes on one machine have in common."""
     held = active_bytes() + cache_bytes()
-    found = {"memory_limit": mx.get_memory_limit()}
+    found = {}
     if mx.default_device().type != mx.DeviceType.cpu:
         facts = mx.device_info()
         # Metal tells the first, CUDA the others; free memory excludes what MLX itself holds.
@@ -96,10 +108,32 @@ def limits() -> dict[str, int]:
         left = _left_on_linux()
         if left:
             found["what the machine or its container has left"] = held + min(left)
-    if (room := address_space_left()) is not None:
-        # What MLX keeps for reuse stays mapped: it may be of the wrong sizes.
-        found["the address space of the process (ulimit -v)"] = active_bytes() + room
     return found
+
+
+@dataclass
+class Share:
+    """What this process may hold of its machine's memory; None: all of it."""
+
+    num_bytes: int | None = None
+
+
+_share = Share()
+
+
+def set_share(num_bytes: int | None) -> None:
+    """Limit this process to its share of its machine, or not: other ranks need the rest."""
+    _share.num_bytes = num_bytes
+
+
+def room() -> tuple[int, int | None]:
+    """Bytes that MLX holds, and those that it could still get from its machine.
+
+    None where nothing tells the latter.
+    """
+    held = active_bytes() + cache_bytes()
+    least = min(_of_machine().values(), default=None)
+    return held, None if least is None else max(0, least - held)
 
 
 def address_space_left() -> int | None:

@@ -22,17 +22,24 @@ ENVIRONMENT = {
 
 
 def free_ports(number):
-    """Ports outside the range that outgoing connections use."""
-    ports = []
-    while len(ports) < number:
-        with socket.socket() as sock:
-            port = random.randrange(20000, 32000)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports += [port] if port not in ports else []
-    return ports
+    """Ports outside the range that outgoing connections use, in a row.
+
+    The control plane's, 1,000 further on, are free as well.
+    """
+    while True:
+        first = random.randrange(20000, 31000)
+        ports = [*range(first, first + number)]
+        if all(is_free(port) and is_free(port + 1000) for port in ports):
+            return ports
+
+
+def is_free(port):
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def is_alive(pid):
@@ -73,7 +80,7 @@ class Rank:
     def kill(self, number):
         self.process.send_signal(number)
 
-    def wait_for(self, step, seconds=20):
+    def wait_for(self, step, seconds=60):
         """Until it begins a step."""
         until = time.monotonic() + seconds
         while step not in self.steps:
@@ -113,7 +120,7 @@ class Ranks:
     def __getitem__(self, rank):
         return next(one for one in self.ranks if one.rank == rank)
 
-    def end(self, *ranks, within=30):
+    def end(self, *ranks, within=60):
         """Exit codes of these ranks (default all), all of which end in time."""
         until = time.monotonic() + within
         codes = []

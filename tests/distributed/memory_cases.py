@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import socket
 import warnings
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ from rank_cases import RANK, case, main, rows, trainer_of, weights
 
 from mlx_fit import DeviceConfig
 from mlx_fit.distributed import LocalSGD
+from mlx_fit.runtime import memory
 from mlx_fit.step import TrainStep
 
 FULL = "[malloc] Unable to allocate 9000 bytes."
@@ -191,6 +194,27 @@ def split_resumed(folder):
     fitted(make(2), data, epochs=3, max_steps=10, checkpoint_dir=folder / "run")
     resumed = fitted(make(None), data, epochs=3, checkpoint_dir=folder / "run", resume=True)
     return {"whole": whole, "resumed": resumed}
+
+
+@case
+def shares(folder):
+    """Limits of ranks that share a machine with 16 MB, and of ranks that do not."""
+    found = {}
+    own = "this rank's share of what its machine or container has"
+    for hosts in (("one", "other"), ("one", "one")):
+        socket.gethostname = lambda hosts=hosts: hosts[RANK]
+        memory._left_on_linux = lambda: [16_000_000]
+        gc.collect()
+        mx.clear_cache()
+        trainer = trainer_of(wide(), batch_size=4096)
+        held = memory.active_bytes() + memory.cache_bytes()
+        # A batch of which each rank's half needs more than half of the machine.
+        found[hosts[1]] = {
+            "held": held,
+            "share": memory.limits().get(own),
+            "caught": caught(trainer, rows(4096), epochs=1),
+        }
+    return found
 
 
 # --- a lack of memory that ends the run -----------------------------------------------------------

@@ -235,11 +235,11 @@ class SlowRows:
 
 @case
 def balanced(folder):
-    data = SlowRows(0.002)
+    data = SlowRows(0.004)
     trainer = trainer_of(batch_size=32, balance=True)
     loader = DataLoader(data, batch_size=32, shuffle=True, seed=3, prefetch_factor=0)
     found = fitted(trainer, loader, epochs=3, val=rows(33, seed=5), log_every=1)
-    ahead = SlowRows(0.002)  # read by a thread, whose time nobody sees
+    ahead = SlowRows(0.004)  # read by a thread, whose time nobody sees
     trainer_of(batch_size=32, balance=True).fit(ahead, epochs=5, verbose=0)
     rates = trainer.communicator.rates
     return found | {"sizes": data.sizes, "sizes_ahead": ahead.sizes, "rates": rates}
@@ -467,6 +467,32 @@ def saved_in_a_window(folder):
     return {"whole": whole, "resumed": fitted(make(), rows(96), **other)}
 
 
+@case
+def statistics_saved_in_a_window(folder):
+    """BatchNorm, and shares of 5 and 4 rows; rank 0 alone looks at what was saved."""
+    own = []
+
+    class Own(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if batch == 4 and self.trainer.epoch == 0:
+                own.append(np.array(self.model.layers[0].running_mean).tolist())
+
+    def make():
+        model = nn.Sequential(nn.BatchNorm(8), nn.Linear(8, 4))
+        return trainer_of(model, optim.AdamW(0.01), gradient_accumulation=3, batch_size=9)
+
+    trainer = make()
+    whole = fitted(trainer, rows(81), callbacks=[SaveInWindow(folder / "saved"), Own()])
+    saved = mx.load(str(folder / "saved" / "model.safetensors"))
+    other = {"checkpoint_dir": folder / "other", "resume": folder / "saved"}
+    return {
+        "own": own[0],
+        "saved": saved["layers.0.running_mean"].tolist(),
+        "whole": whole,
+        "resumed": fitted(make(), rows(81), **other),
+    }
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 
@@ -543,7 +569,9 @@ def elastic(folder):
         return np.stack([s[0] for s in samples]), np.array([s[1] for s in samples])
 
     data = [(x[i], y[i]) for i in range(70)]
-    loader = DataLoader(DataSet(data), batch_size=30, shuffle=True, seed=4, collate_fn=collate)
+    # Nothing is read ahead: what is seen would depend on time.
+    options = {"shuffle": True, "seed": 4, "collate_fn": collate, "prefetch_factor": 0}
+    loader = DataLoader(DataSet(data), batch_size=30, **options)
     model = nn.Sequential(nn.Dropout(0.0), mlp())
     schedule = optim.cosine_decay(1e-2, 15)
     trainer = DistributedTrainer(model, optim.AdamW(schedule), objective=objective, seed=1)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from control_ranks import free_ports
+
 import mlx_fit
 
 HERE = Path(__file__).parent
 ROOT = Path(mlx_fit.__file__).parent.parent
-LIMIT_SECONDS = 60  # of a set of processes, which share two busy cores with other tests
-
-
-def free_ports(count):
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+LIMIT_SECONDS = 180  # of a set of processes, which share two busy cores with other tests
 
 
 def start(size, arguments, folder):

@@ -37,7 +37,7 @@ def test_a_frozen_rank_is_lost_after_the_timeout(tmp_path, frozen):
         error = ranks[other].error
         assert (error["error"], error["rank"]) == ("PeerLostError", frozen)
         assert "no sign of life" in error["cause"]
-        assert 0.9 < error["at"] - stopped < 4.0
+        assert 0.9 < error["at"] - stopped < 30  # and not for ever
         ranks[frozen].kill(CONT)  # it finds out as well, and leaves
         assert ranks.end(frozen) == [75]
 
@@ -91,7 +91,7 @@ def test_sigterm_ends_a_rank_that_waits_for_a_frozen_one(tmp_path, frozen):
         start = time.monotonic()
         ranks[other].kill(TERM)
         assert ranks.end(other) == [143]
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 30  # half the timeout; a moment on a calm machine
         assert ranks[other].error["error"] == "Preempted"
 
 

@@ -26,9 +26,17 @@ OF_TWO = [
     *("mixed_precision", "loader", "uneven_joined", "uneven_stopped", "accumulated_uneven"),
     *("other_weights", "dropout", "batch_norm", "stop_on_one_rank", "stop_between_epochs"),
     *("one_sum_an_update", "half_precision_sums", "own_lists", "own_predictions", "files"),
-    *("bytes_of_a_sum", "overlapped", "saved_in_a_window", "full_disk", "watched", "out_of_step"),
+    *("bytes_of_a_sum", "overlapped", "saved_in_a_window", "statistics_saved_in_a_window"),
+    *("full_disk", "watched", "out_of_step"),
 ]
-DIFFERENT = ("dropout", "files", "own_predictions", "watched", "out_of_step")
+DIFFERENT = (
+    "statistics_saved_in_a_window",
+    "dropout",
+    "files",
+    "own_predictions",
+    "watched",
+    "out_of_step",
+)
 OF_THREE = ["sgd", "accumulated", "fewer_rows_than_ranks", "evaluation", "prediction", "loader"]
 
 
@@ -274,6 +282,16 @@ def test_a_window_that_was_saved_half_full_has_the_gradients_of_all_ranks(two):
         assert (resumed["step"], resumed["updates"]) == (whole["step"], whole["updates"])
         assert_close(resumed["weights"], whole["weights"], tolerance=1e-6)
         assert_close(resumed["history"], whole["history"], tolerance=1e-6)
+
+
+def test_running_statistics_are_saved_half_way_as_those_of_all_ranks(two):
+    found = two["statistics_saved_in_a_window"]
+    own = [np.array(each["own"]) for each in found]
+    assert np.abs(own[0] - own[1]).max() > 1e-3
+    for each in found:
+        np.testing.assert_allclose(each["saved"], (5 * own[0] + 4 * own[1]) / 9, atol=1e-6)
+        assert_close(each["resumed"]["weights"], each["whole"]["weights"], tolerance=1e-6)
+        assert_close(each["resumed"]["history"], each["whole"]["history"], tolerance=1e-6)
 
 
 def test_what_is_fetched_meanwhile_changes_no_bit(two):

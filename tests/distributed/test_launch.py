@@ -80,7 +80,8 @@ def test_a_rank_that_failed_ends_the_others(capfd, monkeypatch):
     assert "rank 0 ended with exit code 4" in capfd.readouterr().err
 
 
-def test_the_traceback_of_the_rank_that_failed_is_the_last_word(capfd, tmp_path):
+def test_the_traceback_of_the_rank_that_failed_is_the_last_word(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_fit.distributed.launch._END_SECONDS", 60)
     script = tmp_path / "fails.py"
     script.write_text(
         "import os, sys, time\n"
@@ -110,6 +111,15 @@ def test_logs_hold_what_each_rank_printed_and_rank_0_may_be_shown_alone(capfd, t
     for rank in (0, 1):
         lines = (logs / f"rank_{rank}.log").read_text().splitlines()
         assert sorted(lines) == ["err", f"out {rank}"]
+
+
+def test_a_full_disk_ends_a_log_and_not_the_run(capfd, tmp_path):
+    (tmp_path / "rank_0.log").symlink_to("/dev/full")
+    assert call("-n", "2", "--log-dir", str(tmp_path), *shell("echo out $MLX_RANK")) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[0] out 0", "[1] out 1"]
+    assert err.count("rank_0.log ends here (No space left on device); the run goes on.") == 1
+    assert (tmp_path / "rank_1.log").read_text() == "out 1\n"
 
 
 def test_much_output_arrives_whole(capfd):
@@ -143,12 +153,26 @@ def test_variables_are_given_to_all_ranks(capfd):
         (("-n", "2", "--backend", "mpi", "--min-ranks", "1", "--", "true"), "mpirun does not tell"),
         (("-n", "2", "--backend", "jaccl", "--", "true"), "rdma"),
         (("--hosts", "no.such.host.invalid,localhost", "--", "true"), "host"),
+        (("-n", "2", "--", "/"), "cannot run '/'"),
+        (("-n", "2", "--log-dir", "/proc/x", "--", "true"), "log_dir='/proc/x': /proc/x cannot be"),
+        (("-n", "2", "--log-dir", __file__, "--", "true"), "test_launch.py cannot be written"),
+        (("-n", "2", "--log-dir", "/proc", "--", "true"), "/proc/rank_0.log cannot be written"),
+        (("--log-dir", "", "--", "true"), "--log-dir is empty"),
+        (("--hosts", "", "--", "true"), "names of machines"),
+        (("--hosts", sys.executable, "--", "true"), "cannot be read (it is no text)"),
+        (("--env", "MLX_RANK=7", "--", "true"), "the launcher sets it. Leave it out"),
+        (("--python", "/nowhere/python", __file__), "cannot run '/nowhere/python'"),
+        (("--hosts", "far", "--ssh", "/nowhere/ssh", "--", "true"), "cannot run '/nowhere/ssh'"),
+        (("--hosts", "far", "--ssh", "ssh '", "--", "true"), "is no command"),
     ],
 )
-def test_wrong_usage_is_2_and_says_why(arguments, text, capfd):
+def test_wrong_usage_is_2_and_says_why(arguments, text, capfd, monkeypatch):
+    """In one line, before any process is started where this machine can tell."""
+    monkeypatch.setattr(subprocess, "Popen", None)
     assert call(*arguments) == 2
     err = capfd.readouterr().err
     assert err.startswith("mlx-fit launch: ")
+    assert err.count("\n") == 1
     assert text in err
     assert "Traceback" not in err
 
@@ -189,7 +213,8 @@ def test_host_files_of_both_kinds_are_read(tmp_path):
     assert [host.name for host in seat(hosts, 4)] == ["mini1", "mini1", "10.0.0.2", "10.0.0.2"]
     path.write_text('{"backend": "ring", "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}]}')
     assert read_hosts(str(path)) == [Host("a", ("10.0.0.1",))]
-    for text in ("[1]", "{}", "[", "a b", "a slots=0", ""):
+    of_text = '[{"ssh": "a", "ips": "10.0.0.1"}]'
+    for text in ("[1]", "{}", "[", "a b", "a slots=0", "", of_text):
         path.write_text(text)
         with pytest.raises(ConfigurationError):
             read_hosts(str(path))

@@ -55,25 +55,25 @@ class Launcher:
         return [int(path.name.partition("_")[2]) for path in self.folder.glob("pid_*")]
 
     def wait_for_pids(self, number):
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while len(self.pids()) < number:
             assert time.monotonic() < until, self.text()
             time.sleep(0.02)
 
-    def end(self, within=30):
+    def end(self, within=60):
         return self.process.wait(within)
 
     def living(self):
         """Which of them run after a moment."""
-        until = time.monotonic() + 3
+        until = time.monotonic() + 15
         while (alive := [pid for pid in self.pids() if is_alive(pid)]) and time.monotonic() < until:
             time.sleep(0.02)
         return alive
 
 
-def shell(folder, text):
-    """A rank that leaves its process number, then does something."""
-    return ("--", "sh", "-c", f"> {folder}/pid_$$; {text}")
+def shell(folder, text, first=":"):
+    """A rank that does something first, leaves its process number, then does the rest."""
+    return ("--", "sh", "-c", f"{first}; > {folder}/pid_$$; {text}")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def remote(tmp_path):
     script.write_text(REMOTE_SHELL.format(folder=tmp_path))
     script.chmod(0o755)
     hosts.write_text(json.dumps([{"ssh": name, "ips": ["127.0.0.1"]} for name in "abc"]))
-    port = str(min(free_ports(4)) - 10)
+    port = str(min(free_ports(4)))
     return ("--hosts", str(hosts), "--ssh", str(script), "--port", port)
 
 
@@ -101,19 +101,18 @@ def test_sigterm_is_passed_on_and_the_stubborn_are_killed_with_their_children(tm
 
 
 def test_ranks_that_end_in_order_after_sigterm_are_a_success(tmp_path):
-    text = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
-    with Launcher(tmp_path, "-n", "2", *shell(tmp_path, text)) as launcher:
+    rank = shell(tmp_path, "while :; do sleep 0.05; done", first="trap 'exit 0' TERM")
+    with Launcher(tmp_path, "-n", "2", *rank) as launcher:
         launcher.wait_for_pids(2)
-        time.sleep(0.2)
         launcher.process.send_signal(TERM)
         assert launcher.end() == 0
 
 
 def test_a_first_ctrl_c_is_passed_on_and_waited_for_a_second_ends_the_ranks(tmp_path):
-    text = f"trap '> {tmp_path}/pid_999999999' INT; while :; do sleep 0.05; done"
-    with Launcher(tmp_path, "-n", "1", *shell(tmp_path, text)) as launcher:
+    trap = f"trap '> {tmp_path}/pid_999999999' INT"
+    rank = shell(tmp_path, "while :; do sleep 0.05; done", first=trap)
+    with Launcher(tmp_path, "-n", "1", *rank) as launcher:
         launcher.wait_for_pids(1)
-        time.sleep(0.2)
         launcher.process.send_signal(signal.SIGINT)
         launcher.wait_for_pids(2)
         assert launcher.process.poll() is None
@@ -171,10 +170,10 @@ def test_remote_ranks_get_their_environment_and_return_their_codes(tmp_path, rem
 
 
 def test_remote_ranks_are_told_to_end(tmp_path, remote):
-    text = "trap 'echo told; exit 143' TERM; while :; do sleep 0.05; done"
-    with Launcher(tmp_path, *remote, *shell(tmp_path, text)) as launcher:
+    first = "trap 'echo told; exit 143' TERM"
+    rank = shell(tmp_path, "while :; do sleep 0.05; done", first)
+    with Launcher(tmp_path, *remote, "--grace", "20", *rank) as launcher:
         launcher.wait_for_pids(3)
-        time.sleep(0.2)
         launcher.process.send_signal(TERM)
         assert launcher.end() == 143
         assert launcher.text().count("told") == 3

@@ -81,6 +81,20 @@ def test_a_run_goes_on_with_the_size_that_was_agreed(splits):
         assert found["resumed"]["weights"] == found["whole"]["weights"]
 
 
+def test_ranks_of_one_machine_share_its_memory(tmp_path):
+    found = run_cases(2, ["shares"], tmp_path, "memory_cases.py")["shares"]
+    assert [each["other"]["caught"] for each in found] == [None] * 2  # all of it is enough
+    assert found[0]["other"]["share"] is None
+    of_one = [each["one"] for each in found]
+    expected = (16_000_000 + sum(each["held"] for each in of_one)) // 2
+    assert [each["share"] for each in of_one] == [expected] * 2
+    for each in of_one:
+        text = each["caught"]["text"]
+        assert "A training step with 2048 rows on this rank is predicted" in text
+        assert "this rank's share of what its machine or container has" in text
+        assert "batch_size=2048 with gradient_accumulation=2" in text  # 1024 rows on each
+
+
 # --- ends -----------------------------------------------------------------------------------------
 
 

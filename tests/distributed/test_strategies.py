@@ -110,7 +110,7 @@ def test_other_arguments_on_one_rank_are_named(two):
         assert "batch_size is 12 on rank 0 and 13 on rank 1" in texts[0]
         assert "every is 8 on rank 0 and 9 on rank 1" in texts[1]
         assert "epochs is 2 on rank 0 and 3 on rank 1" in texts[2]
-        assert "n of train is 40 on rank 0 and 41 on rank 1" in texts[3]
+        assert "The number of rows of train is 40 on rank 0 and 41 on rank 1" in texts[3]
         assert "learning_rate is 0.1" in texts[4]
         assert "layers.2.weight is (4, 16) float32" in texts[5]
         assert found[5]["type"] == "PlanMismatchError"

@@ -130,3 +130,17 @@ def test_sizes_are_read_with_their_units(size, num_bytes):
 def test_what_is_not_a_size_is_refused_by_name(size):
     with pytest.raises(ConfigurationError, match=r"cache_limit=.* is not a size: .*'8GB'"):
         memory.parse_bytes(size, "cache_limit")
+
+
+def test_a_share_of_the_machine_is_a_limit_while_it_is_set():
+    held, left = memory.room()
+    assert held <= memory.active_bytes() + memory.cache_bytes() + 1_000_000
+    assert left is None or left >= 0
+    name = "this rank's share of what its machine or container has"
+    before = memory.limits()
+    memory.set_share(12_345)
+    try:
+        assert memory.limits()[name] == memory.limit_bytes() == 12_345
+    finally:
+        memory.set_share(None)
+    assert memory.limits().keys() == before.keys()
