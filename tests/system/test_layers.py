@@ -53,7 +53,7 @@ LAYERS = [
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
         *("evaluation", "summary", "updating"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
-        *("preference", "dpo", "orpo"),
+        *("head_apart", "preference", "dpo", "orpo"),
     },
     {"callbacks"},
     set(RUN),
