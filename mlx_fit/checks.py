@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def number(
     Raises:
         ConfigurationError: it is something else.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    # As Python's float: 0.1 as float32 compares with limits as it will be used.
-    found = float(value) if is_number else math.nan
+    found = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer beyond floats
+            found = float(value)
     if not (math.isfinite(found) and least <= found <= most and above < found < below):
         limits = [f"{word} {limit:g}" for word, limit in
                   (("of at least", least), ("above", above), ("of at most", most), ("below", below))

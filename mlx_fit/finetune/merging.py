@@ -108,7 +108,7 @@ def fuse(
         inputs: what to try it on: ``model(inputs)``, as tokens of shape (1, length).
         quantize: packs layers with a quantized base again, as they were. Rounding to a few bits
             usually loses the adapter; then this is refused.
-        tolerance: largest difference of an output, relative to the largest output. None looks at the
+        tolerance: largest difference of an output, relative to the largest output. None looks at
             root mean squares of the differences instead. Without ``quantize`` they stay below 1e-3
             of the largest output, or four roundings of the coarsest dtype that the model computes
             in: 0.4 % in float16, 3 % in bfloat16. With it, below a tenth of what the adapters
