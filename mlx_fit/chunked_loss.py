@@ -190,17 +190,11 @@ def chunked_sums(
     return TokenSums(*results[:3])
 
 
-def log_probs(logits: mx.array, targets: mx.array, trains: bool) -> mx.array:
+def log_probs(logits: mx.array, targets: mx.array) -> mx.array:
     """Log-probabilities of ``targets``, float32 (tokens,), from logits of (tokens, classes).
 
-    Args:
-        logits: of any floating-point dtype.
-        targets: shape (tokens,).
-        trains: computes what the gradient needs with the values, as :meth:`TokenLoss.fused` does.
+    What the gradient needs is computed with them, as :meth:`TokenLoss.fused` does.
     """
-    if not trains:
-        logits = logits.astype(mx.float32)
-        return _pick(logits, targets) - mx.logsumexp(logits, -1)
 
     @mx.custom_function
     def found(logits: mx.array) -> list[mx.array]:
@@ -241,7 +235,7 @@ def chunked_log_probs(
 
     def chunk(hidden: mx.array, parameters: Sequence[mx.array], start: int, end: int) -> mx.array:
         logits = head(hidden[None], tokens[None, start:end], parameters)
-        return log_probs(logits.reshape(-1, logits.shape[-1]), targets[start:end], trains)
+        return log_probs(logits.reshape(-1, logits.shape[-1]), targets[start:end])
 
     def values(hidden: mx.array, *parameters: mx.array) -> mx.array:
         found: list[mx.array] = []

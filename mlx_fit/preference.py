@@ -81,7 +81,7 @@ class AnswerLogProbs:
             values = self._of_split(found, tokens, targets, weights)
         else:
             logits = logits_of(found, tokens)
-            values = log_probs(logits.reshape(-1, logits.shape[-1]), targets, model.training)
+            values = log_probs(logits.reshape(-1, logits.shape[-1]), targets)
         # A padded place may hold any number, even infinity: no NaN may come of a weight of 0.
         counted = mx.where(weights > 0, values, 0.0).reshape(batch.weights.shape)
         return counted.sum(-1), (batch.weights > 0).sum(-1).astype(mx.float32)
@@ -96,7 +96,7 @@ class AnswerLogProbs:
             hidden, tokens, targets = (array[places] for array in (hidden, tokens, targets))
         if self.chunk_size is None or self.chunk_size >= len(hidden):
             logits = split.head(hidden[None], tokens[None], split.parameters)
-            found = log_probs(logits.reshape(-1, logits.shape[-1]), targets, split.model.training)
+            found = log_probs(logits.reshape(-1, logits.shape[-1]), targets)
         else:
             found = chunked_log_probs(
                 split.head,

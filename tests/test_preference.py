@@ -102,6 +102,16 @@ def test_a_fresh_adapter_has_the_loss_of_no_preference():
     assert found["rewards/margins"] == 0
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_fresh_adapter_is_exactly_its_reference_in_training_too(chunk_size):
+    model = small()
+    finetune.apply_lora(model, dropout=0.2)
+    trainer = Trainer(model, optim.SGD(0.0), objective=DPO(chunk_size=chunk_size))
+    history = trainer.fit(PreferenceBatches(pairs(), 5, 2, seed=0), verbose=0).history
+    assert history["rewards/margins"] == [0.0]
+    assert history["rewards/accuracies"] == [0.0]
+
+
 def test_orpo_is_equations_6_and_7():
     dataset, model = pairs(), adapted()
     sums, counts = log_probs(model, dataset)
