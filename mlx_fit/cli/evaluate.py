@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         keys = ("loss", *REWARDS) if is_pairs else ("loss", "perplexity", "num_tokens")
         print(json.dumps({key: found[key] for key in keys}))
         return 0
-    print(f"{rows.name}: {_described(found, settings)} of {len(rows):,} rows")
+    part = settings.batches is not None and settings.batches < len(batches)
+    where = f"{settings.batches:,} of {len(batches):,} batches" if part else f"{len(rows):,} rows"
+    print(f"{rows.name}: {_described(found, settings)} of {where}")
     return 0
 
 

@@ -176,6 +176,9 @@ def test_evaluate_gives_what_the_run_printed(flags, place, tmp_path, capsys):
     assert VALUES.search(printed).groups() == expected
     assert "test.jsonl: " in printed
     assert "of 5 rows" in printed
+    less = ("--batches", 1, "--batch-size", 2)
+    assert evaluate(place, "--adapter-path", tmp_path, *less, *same) == 0
+    assert "of 1 of 3 batches" in capsys.readouterr().out
     assert evaluate(place, "--adapter-path", tmp_path, "--json", "--chunk-size", 3, *same) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == ["loss", "rewards/margins", "rewards/accuracies"]
