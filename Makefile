@@ -54,6 +54,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/blas.py
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/checkpoints.py

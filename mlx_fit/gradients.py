@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import mlx.core as mx
@@ -14,15 +14,31 @@ from mlx_fit._tree import named_arrays
 from mlx_fit.sums import long_sum
 
 
-def global_norm(gradients: Any) -> mx.array:
-    """The L2 norm over all gradients, a float32 scalar."""
-    squares = [_sum_of_squares(g) for _, g in named_arrays(gradients)]
+def global_norm(gradients: Any, transposed: Collection[str] = ()) -> mx.array:
+    """The L2 norm over all gradients, a float32 scalar.
+
+    Args:
+        gradients: a tree of arrays.
+        transposed: names of those that are faster to read transposed; see :func:`linear_weights`.
+    """
+    squares = [_sum_of_squares(g, name in transposed) for name, g in named_arrays(gradients)]
     return mx.sqrt(sum(squares[1:], squares[0])) if squares else mx.array(0.0)
 
 
-def _sum_of_squares(gradient: mx.array) -> mx.array:
-    """Flattened first: an optimizer's own squares would be shared, and its kernel be cut in two."""
-    return long_sum(gradient.astype(mx.float32).reshape(-1).square())
+def linear_weights(model: nn.Module) -> set[str]:
+    """Names of the weights whose gradients lie in memory transposed, as a backward pass ends."""
+    modules = model.named_modules()
+    linear = (name for name, module in modules if isinstance(module, nn.Linear))
+    return {f"{name}.weight" if name else "weight" for name in linear}
+
+
+def _sum_of_squares(gradient: mx.array, is_transposed: bool) -> mx.array:
+    """Flattened first: the order of a sum, and its bits, must not depend on where the values lie.
+
+    An optimizer's own squares would also be shared, and its kernel be cut in two.
+    """
+    ordered = gradient.T if is_transposed else gradient  # or flattening were a copy, and slow
+    return long_sum(ordered.astype(mx.float32).reshape(-1).square())
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -31,11 +47,12 @@ def layer_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(owners))
 
 
-def layer_norms(model: nn.Module, gradients: Any) -> mx.array:
+def layer_norms(model: nn.Module, gradients: Any, transposed: Collection[str]) -> mx.array:
     """The L2 norm of each layer's gradient, float32, in the order of :func:`layer_names`."""
     squares: dict[str, mx.array] = dict.fromkeys(layer_names(model), mx.array(0.0))
     for name, gradient in named_arrays(gradients):
-        squares[_owner(name)] = squares[_owner(name)] + _sum_of_squares(gradient)
+        owner, square = _owner(name), _sum_of_squares(gradient, name in transposed)
+        squares[owner] = squares[owner] + square
     return mx.sqrt(mx.stack(list(squares.values())))
 
 

@@ -67,7 +67,7 @@ class TrainStep(StepState):
             self.sums.watched = "loss"
         self.guard: Callable[[Any], None] | None = None
         self._scaling = scaling
-        self._updates = Update(model, optimizer, options, scaling, self.sums)
+        self._updates = Update(model, optimizer, options, scaling, self.sums, exchange is None)
         self._checks_promotion = checks_promotion
         self._weight_on_host = True
         self._host_batch: Any = None

@@ -32,6 +32,7 @@ class Update:
         options: how.
         scaling: the state of the loss scale, empty without.
         sums: where packed vectors get their places.
+        is_alone: whether gradients come from a backward pass here, and not from several ranks.
 
     Attributes:
         logs_layer_norms: whether the norms of each layer's gradient are logged.
@@ -45,6 +46,7 @@ class Update:
         options: StepOptions,
         scaling: dict[str, mx.array],
         sums: Sums,
+        is_alone: bool,
     ) -> None:
         self.logs_layer_norms = False
         self.masks_weight = False
@@ -53,6 +55,7 @@ class Update:
         self._options = options
         self._scaling = scaling
         self._sums = sums
+        self._is_alone = is_alone
 
     def from_window(self, window: list[Any]) -> mx.array:
         """The update of an accumulated window: one division by its whole weight."""
@@ -75,11 +78,13 @@ class Update:
         options, model, optimizer = self._options, self._model, self._optimizer
         entries = self.nothing()
         norm: mx.array | None = None
-        layer_norms = grad.layer_norms(model, gradients) if self.logs_layer_norms else None
-        if layer_norms is not None:
+        layer_norms: mx.array | None = None
+        transposed = grad.linear_weights(model) if self._is_alone else ()
+        if self.logs_layer_norms:
+            layer_norms = grad.layer_norms(model, gradients, transposed)
             norm = mx.sqrt(layer_norms.square().sum())
         if options.clip_norm is not None:
-            norm = grad.global_norm(gradients)
+            norm = grad.global_norm(gradients, transposed)
             gradients = grad.clip_by_norm(gradients, norm, options.clip_norm)
         if options.clip_value is not None:
             gradients = grad.clip_by_value(gradients, options.clip_value)

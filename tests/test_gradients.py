@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlx_fit import gradients as grad
 
-SHAPES = [(8_000_000,), (8_000_000, 1), (1, 8_000_000), (2828, 2829), (1_000_000, 8), (9, 3, 3, 7)]
+SHAPES = [
+    (8_000_000,),
+    (8_000_000, 1),
+    (1, 8_000_000),
+    (2828, 2829),
+    (1_000_000, 8),
+    (8, 1_000_000),
+    (9, 3, 3, 7),
+]
 
 
 def tree(rng):
@@ -35,6 +44,20 @@ def test_the_norm_of_many_small_values_is_right_whatever_the_shape(shape):
 def test_the_norm_counts_every_value(size):
     gradient = mx.ones((size,))
     assert grad.global_norm([gradient]).item() == pytest.approx(np.sqrt(size), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_the_norm_is_the_same_transposed_and_its_bits_do_not_depend_on_memory(shape):
+    gradient = mx.random.normal(shape, key=mx.random.key(0))
+    moved = mx.contiguous(gradient.T).T
+    one, other = (grad.global_norm({"w": g}, {"w"}).item() for g in (gradient, moved))
+    assert one == other == pytest.approx(grad.global_norm({"w": gradient}).item(), rel=2e-6)
+
+
+def test_the_weights_of_linear_layers_are_found_wherever_they_are():
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2)))
+    assert grad.linear_weights(model) == {"layers.1.weight", "layers.2.layers.0.weight"}
+    assert grad.linear_weights(nn.Linear(2, 2)) == {"weight"}
 
 
 def test_the_norm_is_taken_over_all_gradients_in_float32(rng):

@@ -142,9 +142,7 @@ class WeightAveraging(Callback, ABC):
         weights = [container[key] for _, container, key in self._places]
         self._average.update(zip(names, self._mix(averages, weights, share, rest), strict=True))
         self._count = self._count + is_new
-        # On the CPU waiting is no slower, and other threads can use what was evaluated.
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        (mx.eval if on_cpu else mx.async_eval)(self._average, self._count)
+        mx.async_eval(self._average, self._count)  # lazy, only this thread could use them
 
     # --- standing in ------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_fit.callbacks.base import Callback
-from mlx_fit.callbacks.event_files import open_writer, purge
+from mlx_fit.callbacks.event_files import EventFile, purge
 from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError
 
@@ -79,7 +79,7 @@ class Predictions(Callback):
         self._names = None if class_names is None else [str(name) for name in class_names]
         self._folder = path_of("Predictions: log_dir", log_dir) / FOLDER
         self._num_epochs = 0
-        self._writer: Any = None
+        self._writer: EventFile | None = None
         self.outputs: Any = None
 
     def on_train_begin(self, logs: Any) -> None:
@@ -88,6 +88,8 @@ class Predictions(Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
         """Predict, and write the table."""
+        from tensorboardX import summary
+
         self._num_epochs = epoch + 1
         if self._num_epochs % self._every:
             return
@@ -95,9 +97,8 @@ class Predictions(Callback):
         with nullcontext() if averages is None else averages.standing_in():
             self.outputs = self.trainer.predict_on_batch(self._x)
         if self._writer is None:
-            self._writer = open_writer(self._folder)
-        self._writer.add_text("predictions", self.table(), epoch)
-        self._writer.flush()
+            self._writer = EventFile(self._folder)
+        self._writer.add(summary.text("predictions", self.table()), epoch)
 
     def on_train_end(self, logs: Any) -> None:
         """Close the file."""

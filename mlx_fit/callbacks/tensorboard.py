@@ -13,7 +13,7 @@ import numpy as np
 from mlx_fit._tree import named_arrays
 from mlx_fit.callbacks.base import Callback, numbers
 from mlx_fit.callbacks.board_hparams import experiment, session_end, session_start
-from mlx_fit.callbacks.event_files import open_writer, purge
+from mlx_fit.callbacks.event_files import EventFile, purge
 from mlx_fit.callbacks.pictures import as_pixels, heat_map, png
 from mlx_fit.checks import natural, path_of
 from mlx_fit.errors import ConfigurationError
@@ -31,7 +31,8 @@ class TensorBoard(Callback):
     ``epoch_learning_rate``, ``evaluation_loss_vs_iterations`` by step, and with a batch frequency
     ``batch_loss`` by batches since the fit began. ``perf/step_time_ms``, ``perf/data_wait_ms``
     (from the end of a batch to the next), ``perf/examples_per_second`` (where batches are made
-    here) and ``perf/active_memory_mib``, ``perf/cache_memory_mib``, ``perf/peak_memory_mib`` are
+    here), ``perf/tokens_per_second`` (target tokens, where an objective logs ``num_tokens``) and
+    ``perf/active_memory_mib``, ``perf/cache_memory_mib``, ``perf/peak_memory_mib`` are
     by epoch; evaluations and saves are no part of an epoch's time there.
 
     A logged matrix (``confusion_matrix``) becomes a picture, each row scaled by itself; a dict of
@@ -80,7 +81,7 @@ class TensorBoard(Callback):
         self._every = _batches_between(update_freq)
         self._own_hparams = _checked_hparams(hparams)
         self._hparams: dict[str, Any] = {}
-        self._writers: dict[str, Any] = {}
+        self._writers: dict[str, EventFile] = {}
         self._is_running = False
         self._num_batches = 0
         self._num_epochs = 0
@@ -120,7 +121,7 @@ class TensorBoard(Callback):
         """Write the epoch's values."""
         trained = {key: value for key, value in logs.items() if not key.startswith("val_")}
         self._write("train", "epoch_{}", trained, epoch)
-        self._write("train", "perf/{}", self._speed(), epoch)
+        self._write("train", "perf/{}", self._speed(logs), epoch)
         for name, values in self._by_set(logs).items():
             self._write(name, "epoch_{}", values, epoch)
         if self._histogram_freq and (epoch + 1) % self._histogram_freq == 0:
@@ -129,8 +130,6 @@ class TensorBoard(Callback):
         if self._own_hparams is not None and not self._hparams:
             self._start_session(logs)
         self._num_epochs = epoch + 1
-        for writer in self._writers.values():
-            writer.flush()
 
     def on_train_end(self, logs: Any) -> None:
         """Close the files."""
@@ -165,11 +164,15 @@ class TensorBoard(Callback):
 
     def add_scalar(self, tag: str, value: Any, step: int | None = None) -> None:
         """Write a number, by default at the run's step."""
-        self._add("train", step, lambda writer, at: writer.add_scalar(tag, float(value), at))
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._add("train", Summary(value=[Summary.Value(tag=tag, simple_value=float(value))]), step)
 
     def add_text(self, tag: str, text: str, step: int | None = None) -> None:
         """Write a text, which may hold Markdown, by default at the run's step."""
-        self._add("train", step, lambda writer, at: writer.add_text(tag, str(text), at))
+        from tensorboardX import summary
+
+        self._add("train", summary.text(tag, str(text)), step)
 
     def add_image(self, tag: str, image: Any, step: int | None = None) -> None:
         """Write a picture, by default at the run's step.
@@ -185,27 +188,32 @@ class TensorBoard(Callback):
 
     def add_histogram(self, tag: str, values: Any, step: int | None = None) -> None:
         """Write a histogram of an array's finite values, by default at the run's step."""
+        from tensorboardX import summary
+
         if isinstance(values, mx.array):
             values = np.array(values.astype(mx.float32))
         flat = np.asarray(values, np.float64).reshape(-1)
         finite = flat[np.isfinite(flat)]
         if finite.size:
-            self._add("train", step, lambda writer, at: writer.add_histogram(tag, finite, at))
+            self._add("train", summary.histogram(tag, finite, _edges()), step)
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def _speed(self) -> dict[str, float]:
-        seconds = self.trainer.pace.seconds
+    def _speed(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        pace, seconds = self.trainer.pace, self.trainer.pace.seconds
         num_steps = max(self.trainer.step - self._first_step, 1)
         speed = {
             "step_time_ms": 1e3 * seconds / num_steps,
-            "data_wait_ms": self.trainer.pace.wait_ms,
+            "data_wait_ms": pace.wait_ms,
             "active_memory_mib": active_bytes() / MIB,
             "cache_memory_mib": cache_bytes() / MIB,
             "peak_memory_mib": peak_bytes() / MIB,
         }
         if num_rows := self.trainer.info.rows_per_step:
             speed["examples_per_second"] = num_steps * num_rows / seconds
+        if num_tokens := logs.get("num_tokens"):
+            each = num_tokens / max(self.trainer.num_batches, 1)
+            speed["tokens_per_second"] = pace.num_batches * each / seconds
         return speed
 
     def _by_set(self, logs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -219,26 +227,17 @@ class TensorBoard(Callback):
 
     def _write(self, folder: str, tag: str, values: Mapping[str, Any], step: int) -> None:
         """Write logged values of every kind; what is none of them is left out."""
-        for key, value in numbers(values).items():
-            self._writer(folder).add_scalar(tag.format(key), value, step)
+        scalars = {tag.format(key): value for key, value in numbers(values).items()}
         for key, value in values.items():
-            if isinstance(value, Mapping):
-                self._write_dict(folder, tag.format(key), value, step)
+            if isinstance(value, Mapping) and not set(COUNTS) <= value.keys():
+                named = {k: float(v) for k, v in value.items() if isinstance(v, Real)}
+                scalars |= {f"{tag.format(key)}/{name}": number for name, number in named.items()}
+            elif isinstance(value, Mapping):
+                self._writer(folder).add(_curve(tag.format(key), value), step)
             elif isinstance(value, (list, mx.array, np.ndarray)) and np.ndim(value) == 2:
                 self._add_pixels(folder, tag.format(key), heat_map(value), step)
-
-    def _write_dict(self, folder: str, tag: str, values: Mapping[str, Any], step: int) -> None:
-        if set(COUNTS) <= values.keys():
-            counts = [np.asarray(values[key], np.float64) for key in COUNTS]
-            found, wrong, _, missed = counts
-            precision = found / np.maximum(found + wrong, 1e-12)
-            recall = found / np.maximum(found + missed, 1e-12)
-            writer, size = self._writer(folder), len(found)
-            writer.add_pr_curve_raw(tag, *counts, precision, recall, step, size)
-            return
-        for key, value in values.items():
-            if isinstance(value, Real):
-                self._writer(folder).add_scalar(f"{tag}/{key}", float(value), step)
+        if scalars:
+            self._writer(folder).add_scalars(scalars, step)
 
     def _add_pixels(self, folder: str, tag: str, pixels: np.ndarray, step: int | None) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -248,12 +247,12 @@ class TensorBoard(Callback):
             height=height, width=width, colorspace=channels, encoded_image_string=png(pixels)
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=picture)])
-        self._add(folder, step, lambda writer, at: writer.file_writer.add_summary(summary, at))
+        self._add(folder, summary, step)
 
-    def _add(self, folder: str, step: int | None, write: Any) -> None:
+    def _add(self, folder: str, summary: Any, step: int | None) -> None:
         """Write something by the user, who may do so outside of a fit as well."""
         run = getattr(self, "trainer", None)
-        write(self._writer(folder), (run.step if run else 0) if step is None else step)
+        self._writer(folder).add(summary, (run.step if run else 0) if step is None else step)
         if not self._is_running:
             self._close()
 
@@ -274,23 +273,23 @@ class TensorBoard(Callback):
         self._hparams = {
             key: value for key, value in facts.items() if isinstance(value, (bool, Real, str))
         }
-        writer = self._writer("hparams").file_writer
-        writer.add_summary(experiment(self._hparams, [f"final_{key}" for key in numbers(logs)]))
-        writer.add_summary(session_start(self._hparams))
+        writer = self._writer("hparams")
+        writer.add(experiment(self._hparams, [f"final_{key}" for key in numbers(logs)]))
+        writer.add(session_start(self._hparams))
 
     def _end(self, logs: Mapping[str, Any], succeeded: bool) -> None:
         if self._is_running and self._hparams:
             # In the session's own folder: TensorBoard finds them there wherever it is started.
             self._write("hparams", "final_{}", numbers(logs), self.trainer.step)
-            self._writer("hparams").file_writer.add_summary(session_end(succeeded))
+            self._writer("hparams").add(session_end(succeeded))
         self._is_running = False
         self._close()
 
     # --- files ------------------------------------------------------------------------------------
 
-    def _writer(self, folder: str) -> Any:
+    def _writer(self, folder: str) -> EventFile:
         if folder not in self._writers:
-            self._writers[folder] = open_writer(self.log_dir / folder)
+            self._writers[folder] = EventFile(self.log_dir / folder)
         return self._writers[folder]
 
     def _close(self) -> None:
@@ -301,6 +300,23 @@ class TensorBoard(Callback):
     def _purge(self, is_kept: Any) -> None:
         for folder in ["train", *self._by_set({})]:
             purge(self.log_dir / folder, is_kept)
+
+
+def _curve(tag: str, counted: Mapping[str, Any]) -> Any:
+    """A precision-recall curve, from counts by threshold."""
+    from tensorboardX import summary
+
+    counts = [np.asarray(counted[key], np.float64) for key in COUNTS]
+    found, wrong, _, missed = counts
+    precision = found / np.maximum(found + wrong, 1e-12)
+    recall = found / np.maximum(found + missed, 1e-12)
+    return summary.pr_curve_raw(tag, *counts, precision, recall, len(found))
+
+
+def _edges() -> np.ndarray:
+    """Where the bins of a histogram begin and end: each a tenth wider than the last, and 0."""
+    edges = 1e-12 * 1.1 ** np.arange(775)
+    return np.concatenate([-edges[::-1], [0.0], edges])
 
 
 def _batches_between(update_freq: int | str) -> int:

@@ -8,13 +8,16 @@ import time
 from collections import defaultdict
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from toys import Do, raising, ramp, rows_of_ones, trainer_of
 
-from mlx_fit import ConfigurationError, GradientMonitor, TensorBoard, metrics
+from mlx_fit import CausalLM, ConfigurationError, GradientMonitor, TensorBoard, Trainer, metrics
+from mlx_fit.batch import TextBatch
 from mlx_fit.logs import Values
 
 
@@ -149,6 +152,31 @@ def test_files_are_closed_and_complete_at_the_end(tmp_path, breaks):
     assert written == list(range(1, 5 if breaks else 11))
 
 
+def test_what_was_written_outlives_a_process_that_is_killed_at_once(tmp_path):
+    seen = []
+
+    def look(_):  # nothing is closed yet
+        seen.append(curves(tmp_path / "train"))
+
+    looks = [Do("on_train_batch_begin", look), Do("on_epoch_begin", look, index=1)]
+    fit([TensorBoard(tmp_path, update_freq=1), *looks])
+    between = seen.pop(5)
+    assert {"epoch_loss", "perf/step_time_ms"} <= between.keys()
+    assert [len(found.get("batch_loss", [])) for found in seen] == list(range(10))
+
+
+def test_the_values_of_an_epoch_are_one_event_that_tensorboards_own_reader_takes(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    fit(TensorBoard(tmp_path, hparams=False))
+    (path,) = (tmp_path / "train").iterdir()
+    head, *events = EventFileLoader(str(path)).Load()  # raises for a wrong checksum
+    assert head.file_version == "brain.Event:2"
+    assert [(e.step, len(e.summary.value) > 1) for e in events] == [
+        (i // 2, True) for i in range(4)
+    ]
+
+
 def test_speed_and_memory_are_written_by_epoch(tmp_path):
     trainer = trainer_of(metrics=[])
     trainer.fit(rows_of_ones(), epochs=2, callbacks=TensorBoard(tmp_path), verbose=0)
@@ -165,6 +193,17 @@ def test_speed_and_memory_are_written_by_epoch(tmp_path):
 def test_unknown_batch_sizes_give_no_rate_of_examples(tmp_path):
     fit(TensorBoard(tmp_path))
     assert "perf/examples_per_second" not in curves(tmp_path / "train")
+
+
+def test_of_a_language_model_the_rate_is_of_tokens_that_count(tmp_path):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    trainer = Trainer(model, optim.SGD(0.1), objective=CausalLM())
+    tokens, weights = np.ones((2, 5), np.int32), np.float32([[1, 1, 1, 0, 0]] * 2)
+    batches = [TextBatch(tokens, tokens, weights, tokens)] * 3
+    trainer.fit(batches, callbacks=TensorBoard(tmp_path), verbose=0)
+    train = curves(tmp_path / "train")
+    [(_, step_ms)], [(_, rate)] = train["perf/step_time_ms"], train["perf/tokens_per_second"]
+    assert rate == pytest.approx(6 / (step_ms / 1e3), rel=1e-3)
 
 
 def test_evaluations_inside_epochs_are_written_by_step(tmp_path):

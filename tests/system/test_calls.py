@@ -109,3 +109,39 @@ def test_every_batch_between_two_looks_costs_the_same(tmp_path, capsys):
     """Only a redraw of the bar, at most 10 a second, may come on top."""
     totals = [calls.total() for calls in calls_of_a_steady_batch(tmp_path)]
     assert sorted(totals)[len(totals) // 2] <= LIMIT
+
+
+class Deep(nn.Module):
+    """Parameters in a list, two for each layer."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = [nn.Linear(2, 2) for _ in range(depth)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def python_calls(depth, batches, num_rows):
+    """Calls of all Python functions, whoever wrote them, in each of some batches."""
+    profile = Profile(batches)
+    profile._note = lambda frame, event, _: profile._counter.update([event])
+    trainer = Trainer(Deep(depth), optim.AdamW(0.01), "cross_entropy", batch_size=1)
+    rows = np.zeros((num_rows, 2), np.float32), np.zeros(num_rows, np.int32)
+    try:
+        trainer.fit(rows, callbacks=[profile], verbose=0)
+    finally:
+        sys.setprofile(None)
+    return min(calls["call"] for calls in profile.calls)
+
+
+def test_a_batch_costs_as_much_after_10000_steps_as_after_10():
+    early, late = (python_calls(1, range(n, n + 8), n + 9) for n in (10, 10_000))
+    assert early == late > 0
+
+
+def test_a_thousand_parameters_cost_no_more_calls_than_ten():
+    few, many = (python_calls(depth, range(11, 18), 20) for depth in (5, 500))
+    assert few == many > 0
