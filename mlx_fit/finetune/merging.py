@@ -315,9 +315,9 @@ def _lost(before: mx.array, after: mx.array, base: mx.array, merged: mx.array) -
     if moved <= max(KEPT * effect, MERGED * rounding, TINY * _size(before)):
         return None
     return (
-        f"Packed again, the layers would move the outputs by {moved / _size(before):.3g} of the "
-        f"largest, where the adapters move them by {effect / _size(before):.3g}: these would be "
-        "lost in the few bits, or much of them"
+        f"Fusing would move the outputs by {moved / _size(before):.3g} of the largest, where the "
+        f"adapters move them by {effect / _size(before):.3g}: these would be lost in the few bits "
+        "of packed layers, or much of them"
     )
 
 
