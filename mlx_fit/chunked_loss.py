@@ -247,8 +247,7 @@ def chunked_log_probs(
     def slopes(hidden: mx.array, parameters: Sequence[mx.array], factors: mx.array) -> Any:
         """The values, and gradients of their sum with factors."""
         found, parts, totals = [], [], [mx.array(0.0)] * len(parameters)
-        # From the factors on: a compiler that sees the same head twice would keep all its logits.
-        last: list[Any] = [factors]
+        last: list[Any] = []
         for start, end in bounds:
             part = _after(last, hidden[start:end])
             run = partial(_with_list, chunk, start, end)
