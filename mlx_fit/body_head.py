@@ -158,6 +158,38 @@ class SplitModel:
             dict.__setitem__(self._parent, self._key, self._body)
 
 
+def logits_of(outputs: Any, tokens: mx.array | None) -> mx.array:
+    """The logits among a model's outputs, of shape (batch, length, classes).
+
+    Raises:
+        ConfigurationError: there are none, or not one row for each token.
+    """
+    logits = outputs
+    if isinstance(outputs, dict):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, (tuple, list)) and outputs:
+        logits = outputs[0]
+    if not isinstance(logits, mx.array) or logits.ndim != 3:
+        found = logits.shape if isinstance(logits, mx.array) else type(outputs).__name__
+        raise ConfigurationError(
+            f"The model returned {found}; the objective expects logits of shape (batch, length, "
+            'classes), alone, first in a tuple, or as "logits" in a dict.'
+        )
+    if tokens is not None and logits.shape[:2] != tokens.shape:
+        raise ConfigurationError(
+            f"The model returned logits of shape {logits.shape} for tokens of shape "
+            f"{tokens.shape}; expected one row of logits a token."
+        )
+    return logits
+
+
+def num_embeddings(model: nn.Module) -> int | None:
+    """Rows of the largest embedding, beyond which a token reads other memory."""
+    tables = (nn.Embedding, nn.QuantizedEmbedding)
+    rows = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)]
+    return max(rows, default=None)
+
+
 def check_split(model: nn.Module, num_tokens: int, logits_of: Callable[[Any], mx.array]) -> None:
     """Run a few tokens, of the first ``num_tokens``, through a model and through its head alone.
 

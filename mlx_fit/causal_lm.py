@@ -1,28 +1,28 @@
 """The objective of language models: predict the next token, each target weighing what it says.
 
 Documents that share a row are kept apart by :func:`mlx_fit.text.apply_packed`. May import:
-``objective``, ``text``.
+``objective``, ``head_apart``, ``text``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_fit._tree import RandomState
 from mlx_fit.batch import TextBatch
-from mlx_fit.body_head import SplitModel, check_split
-from mlx_fit.checks import natural
+from mlx_fit.body_head import SplitModel, logits_of, num_embeddings
+from mlx_fit.checks import natural, number
 from mlx_fit.chunked_loss import TokenLoss, TokenSums, chunked_sums, whole_sums
 from mlx_fit.counted import capacity, positions
 from mlx_fit.errors import ConfigurationError, DataError
+from mlx_fit.head_apart import HeadApart
 from mlx_fit.logs import divide, total
-from mlx_fit.modes import evaluation_mode
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.sums import long_sum
 from mlx_fit.text.packed_model import apply_packed, check_packing
@@ -87,10 +87,7 @@ class CausalLM(Objective):
         chunk_size: int | None = None,
         aux_loss: Callable[[Any, Any], mx.array] | None = None,
     ) -> None:
-        if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
-            raise ConfigurationError(f"label_smoothing={label_smoothing!r}; expected in [0, 1).")
-        if not _is_number(z_loss) or not 0 <= z_loss < math.inf:
-            raise ConfigurationError(f"z_loss={z_loss!r}; expected a number of at least 0.")
+        smoothing = number("label_smoothing", label_smoothing, 0.0, below=1.0)
         if aux_loss is not None and not callable(aux_loss):
             raise ConfigurationError(
                 f"aux_loss={aux_loss!r}; expected a function f(model, outputs) -> scalar."
@@ -98,21 +95,20 @@ class CausalLM(Objective):
         # Whether rows of the batch hold several documents; how many positions the head runs for.
         self.variant: tuple[bool, int | None] = False, None
         self.chunk_size = None if chunk_size is None else natural("chunk_size", chunk_size, 1)
-        self._loss = TokenLoss(float(label_smoothing), float(z_loss))
+        self._loss = TokenLoss(smoothing, number("z_loss", z_loss, 0.0))
         self._aux_loss = aux_loss
         self._num_classes: int | None = None
         self._num_embeddings: int | None = None
-        # id of a model, and whether its head can be run apart from its body
-        self._is_split: tuple[int, bool] | None = None
+        self._apart = HeadApart(self.chunk_size)
         self._packed_shapes: set[tuple[int, ...]] = set()  # that packing was found to work for
 
     # --- on the device, while tracing -------------------------------------------------------------
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         tokens, targets, weights, segments = parts = _parts(batch)
-        self._num_embeddings = _num_embeddings(model)
+        self._num_embeddings = num_embeddings(model)
         # Only what is compiled relies on what the host saw of the batch.
-        packed, kept = self.variant if _is_traced(tokens) else _variant(parts)
+        packed, kept = self.variant if is_traced(tokens) else _variant(parts)
         weights = _token_weights(weights, targets.shape)
         flat_weights = weights.reshape(-1)
         # What does not count may hold any number, and must not index beyond the logits.
@@ -132,16 +128,9 @@ class CausalLM(Objective):
     def _split(
         self, model: nn.Module, tokens: mx.array, segments: mx.array | None, kept: int | None
     ) -> Any:
-        """The model run with its body's output kept, or what the model returns where none is."""
-
-        def forward(model: Any) -> Any:
-            return _forward(model, tokens, segments)
-
-        if not _is_traced(tokens):
-            self._look_at(model)
-        if self.chunk_size is None and (kept is None or self._is_split != (id(model), True)):
-            return forward(model)
-        return SplitModel(model, tokens, forward, lambda outputs: logits_of(outputs, None))
+        if not is_traced(tokens):
+            self._apart.look_at(model)
+        return self._apart.run(model, tokens, kept, partial(_forward, tokens, segments))
 
     def _sums_of(
         self,
@@ -202,31 +191,8 @@ class CausalLM(Objective):
         """The model may have another number of classes now, or another head."""
         self._num_classes = self._num_embeddings = None
         self._packed_shapes.clear()
-        self._is_split = None
-        self._look_at(model)
-
-    def _look_at(self, model: nn.Module) -> None:
-        """See once whether the head can be run apart from the body.
-
-        Raises:
-            ConfigurationError: it cannot, and ``chunk_size`` needs it.
-        """
-        if self._is_split is not None and self._is_split[0] == id(model):
-            return
-        self._is_split, random_state = (id(model), False), RandomState()
-        try:
-            with evaluation_mode(model):
-                check_split(model, _num_embeddings(model) or 1, lambda out: logits_of(out, None))
-        except ConfigurationError:
-            if self.chunk_size is not None:
-                raise
-        except Exception:
-            # Whatever it is that the model needs, it does not run on tokens alone.
-            return
-        else:
-            self._is_split = id(model), True
-        finally:
-            random_state.restore()
+        self._apart.forget()
+        self._apart.look_at(model)
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """Compare documents that share a row with their own runs, once for each batch shape."""
@@ -241,7 +207,7 @@ class CausalLM(Objective):
         parts = _parts(batch)
         tokens, targets, weights, _ = parts
         self.variant = _variant(parts)
-        if self._is_split is not None and not self._is_split[1]:
+        if self._apart.never:
             self.variant = self.variant[0], None
         if not isinstance(tokens, mx.array):
             _check_range("tokens", np.asarray(tokens), None, self._num_embeddings)
@@ -339,7 +305,7 @@ def _variant(batch: _Tokens) -> tuple[bool, int | None]:
     """Whether rows hold several documents, and how many positions the head has to run for."""
     segments, weights = batch.segments, batch.weights
     packed = segments is not None and _is_packed(segments, weights)
-    on_device = isinstance(weights, mx.array) and _is_traced(weights)
+    on_device = isinstance(weights, mx.array) and is_traced(weights)
     return packed, None if on_device else capacity(weights, tuple(batch.tokens.shape))
 
 
@@ -383,43 +349,11 @@ def _check_range(name: str, values: np.ndarray, weights: Any, limit: int | None)
 # --- models ---------------------------------------------------------------------------------------
 
 
-def _forward(model: Any, tokens: mx.array, segments: mx.array | None) -> Any:
+def _forward(tokens: mx.array, segments: mx.array | None, model: Any) -> Any:
     return model(tokens) if segments is None else apply_packed(model, tokens, segments)
 
 
-def logits_of(outputs: Any, tokens: mx.array | None) -> mx.array:
-    """The logits among a model's outputs, of shape (batch, length, classes).
-
-    Raises:
-        ConfigurationError: there are none, or not one row for each token.
-    """
-    logits = outputs
-    if isinstance(outputs, dict):
-        logits = outputs.get("logits")
-    elif isinstance(outputs, (tuple, list)) and outputs:
-        logits = outputs[0]
-    if not isinstance(logits, mx.array) or logits.ndim != 3:
-        found = logits.shape if isinstance(logits, mx.array) else type(outputs).__name__
-        raise ConfigurationError(
-            f"The model returned {found}; CausalLM expects logits of shape (batch, length, "
-            'classes), alone, first in a tuple, or as "logits" in a dict.'
-        )
-    if tokens is not None and logits.shape[:2] != tokens.shape:
-        raise ConfigurationError(
-            f"The model returned logits of shape {logits.shape} for tokens of shape "
-            f"{tokens.shape}; expected one row of logits a token."
-        )
-    return logits
-
-
-def _num_embeddings(model: nn.Module) -> int | None:
-    """Rows of the largest embedding, beyond which a token reads other memory."""
-    tables = (nn.Embedding, nn.QuantizedEmbedding)
-    rows = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)]
-    return max(rows, default=None)
-
-
-def _is_traced(array: mx.array) -> bool:
+def is_traced(array: mx.array) -> bool:
     """Whether ``array`` is a placeholder of a compiled function, which has no value."""
     try:
         mx.eval(array)
@@ -434,7 +368,3 @@ def _perplexity(state: Mapping[str, np.ndarray]) -> float | None:
     if mean is None:
         return None
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

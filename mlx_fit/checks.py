@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,37 @@ def natural(name: str, value: Any, least: int = 0) -> int:
     return number
 
 
-def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """``value`` as a finite float between ``least`` and ``most``.
+def number(
+    name: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """``value`` as a finite float within limits. NumPy's scalars are numbers, booleans are not.
+
+    Args:
+        name: of the argument.
+        value: its value.
+        least, most: limits that are allowed themselves.
+        above, below: limits that are not.
 
     Raises:
         ConfigurationError: it is something else.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
-        limits = f" of at least {least:g}" if least > -math.inf else ""
-        limits += f"{' and' if limits else ' of'} at most {most:g}" if most < math.inf else ""
-        raise ConfigurationError(f"{name}={value!r}; expected a number{limits}.")
-    return float(value)
+    found = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer beyond floats
+            found = float(value)
+    if not (math.isfinite(found) and least <= found <= most and above < found < below):
+        limits = [f"{word} {limit:g}" for word, limit in
+                  (("of at least", least), ("above", above), ("of at most", most), ("below", below))
+                  if math.isfinite(limit)]  # fmt: skip
+        text = " and ".join(limits).replace("and of", "and")
+        raise ConfigurationError(f"{name}={value!r}; expected a number {text}".rstrip() + ".")
+    return found
 
 
 def boolean(name: str, value: Any) -> bool:

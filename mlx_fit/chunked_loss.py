@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -145,7 +146,7 @@ def chunked_sums(
         trains: computes gradients with the loss; False leaves them to MLX, which is right but
             holds every chunk's logits if somebody asks for gradients after all.
     """
-    bounds = [(i, min(i + chunk_size, hidden.shape[0])) for i in range(0, len(hidden), chunk_size)]
+    bounds = _bounds(len(hidden), chunk_size)
 
     def chunk(hidden: mx.array, parameters: Sequence[mx.array], start: int, end: int) -> Any:
         logits = head(hidden[None], tokens[None, start:end], parameters)
@@ -187,6 +188,110 @@ def chunked_sums(
 
     results: Any = whole(hidden, *parameters)
     return TokenSums(*results[:3])
+
+
+def log_probs(logits: mx.array, targets: mx.array) -> mx.array:
+    """Log-probabilities of ``targets``, float32 (tokens,), from logits of (tokens, classes).
+
+    What the gradient needs is computed with them, as :meth:`TokenLoss.fused` does.
+    """
+
+    @mx.custom_function
+    def found(logits: mx.array) -> list[mx.array]:
+        values = logits.astype(mx.float32)
+        best = mx.argmax(values, -1)
+        looked_up = [_pick(values, best), _pick(values, targets)]
+        [values] = mx.depends([values], looked_up)
+        probabilities = mx.softmax(values, -1)
+        lse = looked_up[0] - mx.log(_pick(probabilities, best))
+        return [looked_up[1] - lse, probabilities]
+
+    @found.vjp
+    def gradient(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        [probabilities] = mx.depends([outputs[1]], [outputs[0]])
+        is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
+        return ((is_target - probabilities) * cotangents[0][:, None]).astype(logits.dtype)
+
+    results: Any = found(logits)
+    return results[0]
+
+
+def chunked_log_probs(
+    head: Head,
+    hidden: mx.array,
+    parameters: Sequence[mx.array],
+    tokens: mx.array,
+    targets: mx.array,
+    chunk_size: int,
+    trains: bool,
+) -> mx.array:
+    """:func:`log_probs` of ``head(hidden)``, ``chunk_size`` tokens at a time.
+
+    What becomes of them is not known here, so that the gradient of a head that trains waits for it
+    and runs the head again. Where only ``hidden`` has one, it is taken at once and scaled then.
+    Arguments are those of :func:`chunked_sums`.
+    """
+    bounds = _bounds(len(hidden), chunk_size)
+
+    def chunk(hidden: mx.array, parameters: Sequence[mx.array], start: int, end: int) -> mx.array:
+        logits = head(hidden[None], tokens[None, start:end], parameters)
+        return log_probs(logits.reshape(-1, logits.shape[-1]), targets[start:end])
+
+    def values(hidden: mx.array, *parameters: mx.array) -> mx.array:
+        found: list[mx.array] = []
+        for start, end in bounds:
+            part = _after(found[-1:], hidden[start:end])
+            found.append(chunk(part, parameters, start, end))
+        return mx.concatenate(found)
+
+    def slopes(hidden: mx.array, parameters: Sequence[mx.array], factors: mx.array) -> Any:
+        """The values, and gradients of their sum with factors."""
+        found, parts, totals = [], [], [mx.array(0.0)] * len(parameters)
+        last: list[Any] = []
+        for start, end in bounds:
+            part = _after(last, hidden[start:end])
+            run = partial(_with_list, chunk, start, end)
+            [value], [slope, *own] = mx.vjp(run, [part, *parameters], [factors[start:end]])
+            totals = [a + b.astype(mx.float32) for a, b in zip(totals, own, strict=True)]
+            found.append(value)
+            parts.append(slope)
+            last = [value, slope, *totals]
+        return mx.concatenate(found), mx.concatenate(parts), totals
+
+    if not trains:
+        return values(hidden, *parameters)
+    if parameters:
+        whole = mx.custom_function(values)
+
+        @whole.vjp
+        def gradient(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+            hidden, *parameters = _listed(primals)
+            _, slope, totals = slopes(hidden, parameters, cotangents)
+            pairs = zip(totals, parameters, strict=True)
+            return [slope, *[total.astype(array.dtype) for total, array in pairs]]
+
+        found: Any = whole(hidden, *parameters)
+        return found
+
+    @mx.custom_function
+    def at_once(hidden: mx.array) -> list[mx.array]:
+        return [*slopes(hidden, [], mx.ones(len(hidden)))[:2]]
+
+    @at_once.vjp
+    def scaled(hidden: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        factors = cotangents[0][:, None]
+        return (factors * outputs[1].astype(mx.float32)).astype(hidden.dtype)
+
+    results: Any = at_once(hidden)
+    return results[0]
+
+
+def _with_list(function: Any, start: int, end: int, hidden: mx.array, *parameters: mx.array) -> Any:
+    return function(hidden, parameters, start, end)
+
+
+def _bounds(length: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _listed(primals: Any) -> Sequence[mx.array]:

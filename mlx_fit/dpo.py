@@ -19,7 +19,7 @@ from mlx_fit.finetune.adapter_layers import LEAVES, adapters_of
 from mlx_fit.finetune.merging import disabled
 from mlx_fit.modes import evaluation_mode
 from mlx_fit.objective import Objective, Terms
-from mlx_fit.preference import DIRECTIONS, answer_log_probs, as_pairs, count_rewards
+from mlx_fit.preference import DIRECTIONS, AnswerLogProbs, as_pairs, count_rewards
 from mlx_fit.text.preference import PreferenceBatch
 
 __all__ = ["DPO"]
@@ -46,6 +46,9 @@ class DPO(Objective):
         reference: ``"adapters_off"``: the model itself with its adapters switched off, which takes
             no memory for another model; ``"precomputed"``: ``batch.reference``; or a model, which
             is frozen and put into evaluation mode.
+        chunk_size: tokens of the flattened batch whose logits are in memory at a time; None: all of
+            those that count. Models must have their body apart from their head, as for
+            :class:`~mlx_fit.CausalLM`.
 
     Raises:
         ConfigurationError: an argument cannot work, or more than adapters trains, so that the base
@@ -57,16 +60,15 @@ class DPO(Objective):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         reference: str | nn.Module = ADAPTERS_OFF,
+        chunk_size: int | None = None,
     ) -> None:
-        self.variant = False
         self.beta = number("beta", beta, 0.0)
         if self.beta == 0:
             raise ConfigurationError("beta=0 ignores the answers; expected a positive number.")
-        self.label_smoothing = number("label_smoothing", label_smoothing, 0.0)
-        if not self.label_smoothing < 0.5:
-            raise ConfigurationError(
-                f"label_smoothing={label_smoothing!r}; expected a number in [0, 0.5)."
-            )
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0.0, below=0.5)
+        self._answers = AnswerLogProbs(chunk_size)
+        self.chunk_size = self._answers.chunk_size
+        self.variant: int | None = None  # how many positions the head runs for
         self._source = reference
         # In a list: a model as an attribute would be one more thing that a trainer looks into.
         self._reference: list[nn.Module] = []
@@ -82,7 +84,7 @@ class DPO(Objective):
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         batch = as_pairs(batch)
-        log_probs, _ = answer_log_probs(model, batch)
+        log_probs, _ = self._answers(model, batch)
         rewards = self.beta * (log_probs - self._reference_of(model, batch))
         margins = rewards[:, 0] - rewards[:, 1]
         # -log(sigmoid(x)) = logaddexp(0, -x), finite for any x.
@@ -103,9 +105,9 @@ class DPO(Objective):
                 raise ConfigurationError(
                     "reference is the model that trains; give a copy, or reference='adapters_off'."
                 )
-            return mx.stop_gradient(answer_log_probs(self._reference[0], batch)[0])
+            return mx.stop_gradient(self._answers(self._reference[0], batch)[0])
         with _base_of(model):
-            return mx.stop_gradient(answer_log_probs(model, batch)[0])
+            return mx.stop_gradient(self._answers(model, batch)[0])
 
     def host_weight(self, batch: Any) -> float | None:
         """The number of pairs."""
@@ -116,10 +118,13 @@ class DPO(Objective):
                 "reference='precomputed', but the batch has none: give PreferenceBatches(..., "
                 "reference=reference_log_probs(model, dataset))."
             )
+        self._answers.see(batch)
+        self.variant = self._answers.kept
         return float(batch.tokens.shape[0])
 
     def start(self, model: nn.Module) -> None:
-        """Nothing is known of the model."""
+        """See whether the heads of the models can be run by themselves."""
+        self._answers.start(model, *self._reference)
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """The trace shows what does not fit."""

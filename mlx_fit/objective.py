@@ -24,6 +24,7 @@ import numpy as np
 from mlx_fit import losses, metrics
 from mlx_fit._tree import leaves
 from mlx_fit.batch import num_rows, unpack
+from mlx_fit.checks import number
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.logs import Compute, divide
 from mlx_fit.losses import Loss
@@ -215,7 +216,8 @@ class Supervised(Objective):
             raise ConfigurationError("loss={} names no output; give at least one.")
         self._losses = _by_output(loss, losses.get)
         self._metrics = _metrics_by_output(metrics, list(self._losses), self._named)
-        self._loss_weights = dict(loss_weights or {})
+        given = (loss_weights or {}).items()
+        self._loss_weights = {name: number(f"loss_weights[{name!r}]", w) for name, w in given}
         if unknown := set(self._loss_weights) - (set(self._losses) if self._named else set()):
             raise ConfigurationError(
                 f"loss_weights names {sorted(unknown)}, but the loss has "

@@ -36,7 +36,8 @@ class StepOptions:
         boolean("compile", self.compile)
         for name in ("clip_norm", "clip_value"):
             limit = getattr(self, name)
-            if limit is not None and not (isinstance(limit, Real) and float(limit) > 0):
+            is_number = isinstance(limit, Real) and not isinstance(limit, bool)
+            if limit is not None and not (is_number and float(limit) > 0):
                 raise ConfigurationError(f"{name}={limit!r}; expected a positive number or None.")
         if self.clip_norm is not None and self.clip_value is not None:
             raise ConfigurationError("Give clip_norm= or clip_value=, not both.")

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlx_fit.checks import number
 from mlx_fit.objective import Objective, Terms
-from mlx_fit.preference import DIRECTIONS, answer_log_probs, as_pairs, count_rewards
+from mlx_fit.preference import DIRECTIONS, AnswerLogProbs, as_pairs, count_rewards
 
 __all__ = ["ORPO"]
 
@@ -31,18 +31,24 @@ class ORPO(Objective):
 
     Args:
         beta: factor of the odds ratio's loss, the paper's lambda.
+        chunk_size: tokens of the flattened batch whose logits are in memory at a time; None: all of
+            those that count. The model must have its body apart from its head, as for
+            :class:`~mlx_fit.CausalLM`.
 
     Raises:
-        ConfigurationError: ``beta`` is no number of at least 0.
+        ConfigurationError: ``beta`` is no number of at least 0, or ``chunk_size`` no integer of at
+            least 1.
     """
 
-    def __init__(self, beta: float = 0.1) -> None:
-        self.variant = False
+    def __init__(self, beta: float = 0.1, chunk_size: int | None = None) -> None:
         self.beta = number("beta", beta, 0.0)
+        self._answers = AnswerLogProbs(chunk_size)
+        self.chunk_size = self._answers.chunk_size
+        self.variant: int | None = None  # how many positions the head runs for
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         batch = as_pairs(batch)
-        sums, counts = answer_log_probs(model, batch)
+        sums, counts = self._answers(model, batch)
         means = sums / mx.maximum(counts, 1.0)
         nll = -means[:, 0].mean()
         below = mx.minimum(means, CERTAIN)
@@ -59,10 +65,14 @@ class ORPO(Objective):
 
     def host_weight(self, batch: Any) -> float | None:
         """The number of pairs."""
-        return float(as_pairs(batch).tokens.shape[0])
+        batch = as_pairs(batch)
+        self._answers.see(batch)
+        self.variant = self._answers.kept
+        return float(batch.tokens.shape[0])
 
     def start(self, model: nn.Module) -> None:
-        """Nothing is known of the model."""
+        """See whether the model's head can be run by itself."""
+        self._answers.start(model)
 
     def prepare(self, model: nn.Module, batch: Any) -> None:
         """The trace shows what does not fit."""

@@ -16,12 +16,22 @@ from mlx_fit.counted import capacity, positions
 
 
 @pytest.mark.parametrize(
-    ("counted", "kept"), [(0, 5), (1, 5), (5, 5), (6, 10), (20, 20), (34, 35), (36, None)]
+    ("counted", "kept"),
+    [(0, 5), (1, 5), (5, 5), (6, 10), (11, 20), (20, 20), (21, 30), (30, 30), (31, None)],
 )
-def test_positions_are_kept_in_eighths_of_the_batch(counted, kept):
+def test_positions_are_kept_in_five_shares_of_the_batch(counted, kept):
     weights = np.zeros(40, np.float32)
     weights[:counted] = 0.5
     assert capacity(weights.reshape(4, 10), (4, 10)) == kept
+
+
+def test_a_shape_is_traced_five_times_at_most(rng):
+    model, options = make_llama(num_hidden_layers=1), {"objective": CausalLM(), "seed": 0}
+    trainer = Trainer(model, optim.SGD(0.1), **options)
+    batches = [a_batch(rng, share=share / 40) for share in range(1, 41)]
+    kept = {capacity(batch.weights, batch.weights.shape) for batch in batches}
+    trainer.fit(batches, verbose=0)
+    assert trainer._train_step.num_traces == len(kept) <= 5
 
 
 def test_weights_of_rows_and_no_weights_are_understood():

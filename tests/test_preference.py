@@ -14,6 +14,7 @@ from mlx_fit import DPO, ORPO, Trainer, finetune
 from mlx_fit.errors import ConfigurationError, DataError
 from mlx_fit.preference import reference_log_probs
 from mlx_fit.text import PreferenceBatches, PreferenceDataset
+from mlx_fit.text.preference import PreferenceBatch
 
 
 class Letters:
@@ -101,6 +102,16 @@ def test_a_fresh_adapter_has_the_loss_of_no_preference():
     assert found["rewards/margins"] == 0
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_fresh_adapter_is_exactly_its_reference_in_training_too(chunk_size):
+    model = small()
+    finetune.apply_lora(model, dropout=0.2)
+    trainer = Trainer(model, optim.SGD(0.0), objective=DPO(chunk_size=chunk_size))
+    history = trainer.fit(PreferenceBatches(pairs(), 5, 2, seed=0), verbose=0).history
+    assert history["rewards/margins"] == [0.0]
+    assert history["rewards/accuracies"] == [0.0]
+
+
 def test_orpo_is_equations_6_and_7():
     dataset, model = pairs(), adapted()
     sums, counts = log_probs(model, dataset)
@@ -152,6 +163,130 @@ def test_accumulation_equals_the_large_batch(make):
         np.testing.assert_allclose(weights[1][name], value, atol=2e-5)
 
 
+# --- without the logits of all tokens -------------------------------------------------------------
+
+
+def gradients(model, batch, objective):
+    arrays = PreferenceBatch(*map(mx.array, batch))
+    loss, found = nn.value_and_grad(model, lambda m: objective(m, arrays).mean)(model)
+    return loss.item(), {name: np.array(g) for name, g in tree_flatten(found)}
+
+
+def plain_orpo(model, batch):
+    """Equation 6 and its gradients by MLX's own functions, from all logits."""
+    tokens, targets, weights, _ = map(mx.array, batch)
+    shape = tokens.shape
+
+    def loss(model):
+        logits = model(tokens.reshape(-1, shape[-1]))
+        nll = nn.losses.cross_entropy(logits, targets.reshape(-1, shape[-1])).reshape(shape)
+        means = -(nll * weights).sum(-1) / weights.sum(-1)
+        odds = means - mx.log(1 - mx.exp(means))
+        return (mx.logaddexp(0.0, odds[:, 1] - odds[:, 0]) * 0.3 - means[:, 0]).mean()
+
+    value, found = nn.value_and_grad(model, loss)(model)
+    return value.item(), {name: np.array(g) for name, g in tree_flatten(found)}
+
+
+@pytest.mark.parametrize("trains", ["all", "adapters", "head"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 1000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_are_those_of_all_logits(trains, chunk_size, tied):
+    model = make_llama(num_hidden_layers=1, tie_word_embeddings=tied)
+    if trains == "adapters":
+        shake(finetune.apply_lora(model) and model)
+    elif trains == "head":
+        shake(finetune.apply_lora(model, targets="embed_tokens" if tied else "lm_head") and model)
+    batch = next(iter(PreferenceBatches(pairs(), 5, 2, seed=0)))
+    loss, expected = plain_orpo(model, batch)
+    for training in (True, False):
+        model.train(training)
+        value, found = gradients(model, batch, ORPO(0.3, chunk_size=chunk_size))
+        assert value == pytest.approx(loss, rel=1e-5)
+        assert found.keys() == expected.keys()
+        for name, slope in expected.items():
+            np.testing.assert_allclose(found[name], slope, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("source", ["adapters_off", "precomputed", "model"])
+def test_dpo_in_chunks_trains_as_the_whole_does(source):
+    histories, weights = [], []
+    for chunk_size in (None, 6):
+        model, base, dataset = adapted(), small(), pairs()
+        known = reference_log_probs(base, dataset, 3, chunk_size)
+        batches = PreferenceBatches(dataset, 4, 4, seed=0, reference=known)
+        reference = {"model": base}.get(source, source)
+        objective = DPO(0.3, 0.1, reference, chunk_size=chunk_size)
+        trainer = Trainer(model, optim.SGD(0.1), objective=objective, seed=0)
+        histories.append(trainer.fit(batches, epochs=2, verbose=0).history)
+        weights.append(dict(tree_flatten(model.trainable_parameters())))
+    for key, values in histories[0].items():
+        np.testing.assert_allclose(histories[1][key], values, rtol=1e-4, atol=1e-5, err_msg=key)
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "orpo, all trains"])
+def test_chunks_of_preferences_have_a_smaller_peak(kind):
+    """The logits of 1,024 tokens are 32 MB here, those of a chunk 1 MB."""
+    rng, peaks = np.random.default_rng(0), {}
+    tokens = rng.integers(0, 64, (4, 2, 128)).astype(np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    batch = PreferenceBatch(tokens, tokens, weights, np.zeros((4, 2), np.float32))
+    for chunk_size in (None, 32):
+        model = make_llama(vocab_size=8192, num_hidden_layers=1)
+        if "all" not in kind:
+            finetune.apply_lora(model)
+        make = DPO if kind == "dpo" else ORPO
+        trainer = Trainer(model, optim.SGD(0.1), objective=make(chunk_size=chunk_size))
+        trainer.fit([batch], verbose=0)
+        mx.reset_peak_memory()
+        trainer.fit([batch], verbose=0)
+        peaks[chunk_size] = mx.get_peak_memory()
+    assert peaks[32] < 0.5 * peaks[None], peaks
+
+
+def test_the_head_runs_for_the_answers_alone():
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head, self.seen = nn.Embedding(128, 8), nn.Linear(8, 128), []
+
+        def __call__(self, tokens):
+            hidden = self.model(tokens)
+            self.seen.append(hidden.shape[0] * hidden.shape[1])
+            return self.head(hidden)
+
+    model = Watched()
+    rows = [{"prompt": "a" * 60, "chosen": "bc", "rejected": "de"}] * 4
+    batches = PreferenceBatches(PreferenceDataset(rows, Letters()), 4, seed=0)
+    Trainer(model, optim.SGD(0.1), objective=ORPO()).fit(batches, verbose=0)
+    size = 4 * 2 * int(batches.widths[-1])
+    assert model.seen[-1] == -(-size // 8)
+
+
+def test_a_head_that_mixes_positions_sees_them_all_or_is_refused():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = nn.Embedding(128, 8), nn.Linear(8, 128)
+
+        def __call__(self, tokens):
+            logits = self.head(self.model(tokens))
+            return logits - logits.mean(1, keepdims=True)
+
+    model, rows = Mixing(), [{"prompt": "abcdefgh", "chosen": "ab", "rejected": "cd"}] * 3
+    dataset = PreferenceDataset(rows, Letters())
+    sums, counts = log_probs(model, dataset)
+    found = Trainer(model, objective=ORPO()).evaluate(PreferenceBatches(dataset, 3), verbose=0)
+    assert found["logps/chosen"] == pytest.approx((sums / counts)[:, 0].mean(), rel=1e-4)
+    for make in (ORPO(chunk_size=4), DPO(chunk_size=4, reference="precomputed")):
+        with pytest.raises(ConfigurationError, match="does not map each position by itself"):
+            Trainer(model, objective=make).evaluate(PreferenceBatches(dataset, 4, 2), verbose=0)
+    with pytest.raises(ConfigurationError, match="does not map each position by itself"):
+        reference_log_probs(model, dataset, chunk_size=4)
+
+
 @pytest.mark.parametrize("make", [DPO, ORPO])
 def test_training_prefers_the_chosen_and_leaves_the_base_alone(make):
     model = small()
@@ -183,7 +318,14 @@ def test_what_is_no_reference_is_refused():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"beta": 0}, {"beta": -1}, {"label_smoothing": 0.5}, {"reference": "base"}, {"beta": "x"}],
+    [
+        {"beta": 0},
+        {"beta": -1},
+        {"label_smoothing": 0.5},
+        {"reference": "base"},
+        {"beta": "x"},
+        {"chunk_size": 0},
+    ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments):
     with pytest.raises(ConfigurationError):

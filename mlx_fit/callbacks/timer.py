@@ -6,6 +6,7 @@ import datetime
 import math
 import re
 import time
+from numbers import Real
 from typing import Any
 
 from mlx_fit.callbacks.base import Callback
@@ -113,7 +114,7 @@ def parse_seconds(budget: Any, argument: str) -> float:
     elif isinstance(budget, str):
         if budget.strip() and not _PART.sub("", budget.strip()):
             seconds = sum(float(n) * _SECONDS[_unit(u)] for n, u in _PART.findall(budget))
-    elif isinstance(budget, (int, float)) and not isinstance(budget, bool):
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
         seconds = float(budget)
     if not 0 < seconds < math.inf:
         raise ConfigurationError(

@@ -18,7 +18,7 @@ from mlx_fit.checkpoint.policy import CheckpointPolicy
 from mlx_fit.cli.best_adapters import MONITOR, BestAdapters
 from mlx_fit.cli.dry_run import print_batch
 from mlx_fit.cli.language_models import Loaded, load_model
-from mlx_fit.cli.preferences import as_text, takes_pairs
+from mlx_fit.cli.preferences import as_text, describe_rewards, takes_pairs
 from mlx_fit.cli.settings import toml_text
 from mlx_fit.cli.text_data import check_data, find_file, require_part, train_and_valid
 from mlx_fit.cli.training import (
@@ -135,7 +135,7 @@ class FineTuning:
             f"{self._num_train:,} rows in {len(self._batches):,} batches an epoch; {self._steps:,} "
             f"updates of {settings.gradient_accumulation} x {settings.batch_size} rows, "
             f"{self._epochs} epoch{'s' if self._epochs > 1 else ''}; "
-            f"{describe_objective(self._objective, self._model, settings)}."
+            f"{describe_objective(self._model, settings)}."
         )
         if self._valid is None:
             print("No validation data: the last weights are kept, not the best.")
@@ -232,10 +232,7 @@ class FineTuning:
         finetune.load_adapters(self._model, self._directory)
         found = self._trainer.evaluate(self._test_batches, steps=self._settings.test_batches)
         if self._pairs:
-            print(
-                f"test: loss {found['loss']:.4f}, rewards/margins {found['rewards/margins']:.4f}, "
-                f"rewards/accuracies {found['rewards/accuracies']:.4f}"
-            )
+            print(f"test: {describe_rewards(found)}")
             return
         print(
             f"test: loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}, "

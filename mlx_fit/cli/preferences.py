@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 import mlx.nn as nn
 import numpy as np
@@ -27,9 +28,9 @@ NOT_FOR_PAIRS = {
     "train_on": "completions",
     "use_chat_template": False,
     "z_loss": 0.0,
-    "chunk_size": None,
     "router_loss_weight": 0.0,
 }
+REWARDS = ("rewards/margins", "rewards/accuracies")  # that are printed
 SETTINGS = (
     Setting("objective", str, CAUSAL_LM, "what is learned: the next token, or from pairs of a "
             "chosen and a rejected answer", choices=(CAUSAL_LM, *OBJECTIVES)),
@@ -47,15 +48,26 @@ def check_objective(settings: argparse.Namespace) -> None:
         if settings.beta is not None:
             raise ConfigurationError("--beta goes with --objective dpo or orpo.")
         return
+    refuse_text_settings(settings)
+    if settings.objective == "orpo" and settings.label_smoothing:
+        raise ConfigurationError("--label-smoothing is not for --objective orpo.")
+    settings.beta = BETA if settings.beta is None else settings.beta
+
+
+def refuse_text_settings(settings: argparse.Namespace) -> None:
+    """Raise for a setting that pairs of answers have no use for."""
     for key, default in NOT_FOR_PAIRS.items():
-        if getattr(settings, key) != default:
+        if getattr(settings, key, default) != default:
             raise ConfigurationError(
                 f"--{key.replace('_', '-')} has no meaning for --objective {settings.objective}: "
                 "its rows are pairs of answers, of which the answers' tokens count."
             )
-    if settings.objective == "orpo" and settings.label_smoothing:
-        raise ConfigurationError("--label-smoothing is not for --objective orpo.")
-    settings.beta = BETA if settings.beta is None else settings.beta
+
+
+def describe_rewards(found: Mapping[str, float]) -> str:
+    """The loss of pairs, and how much and how often the better answer is preferred."""
+    values = ", ".join(f"{name} {found[name]:.4f}" for name in REWARDS)
+    return f"loss {found['loss']:.4f}, {values}"
 
 
 def takes_pairs(settings: argparse.Namespace) -> bool:
@@ -64,7 +76,11 @@ def takes_pairs(settings: argparse.Namespace) -> bool:
 
 
 def pair_batches(
-    rows: PreferenceDataset, model: nn.Module, settings: argparse.Namespace, shuffle: bool
+    rows: PreferenceDataset,
+    model: nn.Module,
+    settings: argparse.Namespace,
+    shuffle: bool,
+    chunk_size: int | None,
 ) -> PreferenceBatches:
     """The loader of pairs, with the reference's log-probabilities where there are no adapters.
 
@@ -73,22 +89,25 @@ def pair_batches(
         model: as training begins: the reference, where its base will not stay.
         settings: of the run.
         shuffle: a new order each epoch; otherwise the same batches each time.
+        chunk_size: tokens whose logits are in memory at a time; None: all.
     """
     reference = None
     if settings.objective == "dpo" and not adapters_of(model):
-        reference = reference_log_probs(model, rows, settings.batch_size)
+        reference = reference_log_probs(model, rows, settings.batch_size, chunk_size)
     seed = settings.seed if shuffle else 0
     return PreferenceBatches(
         rows, settings.batch_size, settings.max_shapes, shuffle, seed, reference
     )
 
 
-def make_pair_objective(model: nn.Module, settings: argparse.Namespace) -> Objective:
+def make_pair_objective(
+    model: nn.Module, settings: argparse.Namespace, chunk_size: int | None
+) -> Objective:
     """DPO or ORPO. DPO's reference is the base below the adapters, or was computed beforehand."""
     if settings.objective == "orpo":
-        return ORPO(settings.beta)
+        return ORPO(settings.beta, chunk_size)
     reference = ADAPTERS_OFF if adapters_of(model) else PRECOMPUTED
-    return DPO(settings.beta, settings.label_smoothing, reference)
+    return DPO(settings.beta, settings.label_smoothing, reference, chunk_size)
 
 
 def describe_pairs(rows: PreferenceDataset) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Setting:
             alone).
         default: where neither flag nor file says anything.
         help: for ``--help``.
-        least: of a number.
+        least: of a number, which may be it. above, below: limits that it may not be.
         choices: of a text.
     """
 
@@ -47,6 +48,8 @@ class Setting:
     help: str
     least: float | None = None
     choices: tuple[str, ...] | None = None
+    above: float | None = None
+    below: float | None = None
 
     def checked(self, value: Any, source: str) -> Any:
         """``value`` as this setting's kind.
@@ -70,10 +73,17 @@ class Setting:
                 f"{source} is {value!r}; expected one of {', '.join(self.choices)}."
                 f"{nearest(str(value), self.choices)}"
             )
+        if self.kind is float and not math.isfinite(value):
+            raise ConfigurationError(f"{source} is {value!r}; expected a finite number.")
         if self.least is not None and not self.least <= value:
             raise ConfigurationError(
                 f"{source} is {value!r}; expected a number of at least {self.least:g}."
             )
+        for limit, word in ((self.above, "above"), (self.below, "below")):
+            if limit is not None and not (value > limit if word == "above" else value < limit):
+                raise ConfigurationError(
+                    f"{source} is {value!r}; expected a number {word} {limit:g}."
+                )
         return value
 
 

@@ -81,6 +81,14 @@ def read_part(
     )
 
 
+def has_pairs(settings: argparse.Namespace) -> bool:
+    """Whether the first row of the part ``--split`` is a pair of answers."""
+    path = check_data(settings.data)
+    found = find_file(settings.data, settings.split) if path.is_dir() else path
+    row = None if found is None else _first_row(found)
+    return row is not None and all(name in row for name in ANSWERS)
+
+
 def _check_kind(path: Path, format: str, pairs: bool) -> None:
     """Tell preferences from other rows by the first of them."""
     row = _first_row(path)

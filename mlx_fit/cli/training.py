@@ -101,7 +101,8 @@ def _start_from(model: nn.Module, path: Path) -> None:
 def make_batches(rows: Any, model: nn.Module, settings: argparse.Namespace) -> Any:
     """The loader of training batches."""
     if isinstance(rows, PreferenceDataset):
-        return pair_batches(rows, model, settings, shuffle=True)
+        chunk = choose_chunk(model, settings.chunk_size)
+        return pair_batches(rows, model, settings, shuffle=True, chunk_size=chunk)
     if settings.pack is not None:
         return PackedBatches(rows, settings.batch_size, settings.pack, seed=settings.seed)
     return BucketBatches(rows, settings.batch_size, settings.max_shapes, seed=settings.seed)
@@ -110,7 +111,8 @@ def make_batches(rows: Any, model: nn.Module, settings: argparse.Namespace) -> A
 def held_out_batches(rows: Any, model: nn.Module, settings: argparse.Namespace) -> Any:
     """The loader of validation or test batches: the same ones each time."""
     if isinstance(rows, PreferenceDataset):
-        return pair_batches(rows, model, settings, shuffle=False)
+        chunk = choose_chunk(model, settings.chunk_size)
+        return pair_batches(rows, model, settings, shuffle=False, chunk_size=chunk)
     return BucketBatches(rows, settings.batch_size, settings.max_shapes, shuffle=False, seed=0)
 
 
@@ -190,18 +192,17 @@ def make_objective(
     model: nn.Module, settings: argparse.Namespace, router_loss: RouterLoss | None
 ) -> Objective:
     """The loss: of pairs, or of the next token, in chunks where the vocabulary is large."""
-    if takes_pairs(settings):
-        return make_pair_objective(model, settings)
     chunk = choose_chunk(model, settings.chunk_size)
+    if takes_pairs(settings):
+        return make_pair_objective(model, settings, chunk)
     return CausalLM(settings.label_smoothing, settings.z_loss, chunk, router_loss)
 
 
-def describe_objective(objective: Objective, model: nn.Module, settings: argparse.Namespace) -> str:
+def describe_objective(model: nn.Module, settings: argparse.Namespace) -> str:
     """The loss in a few words."""
-    if not isinstance(objective, CausalLM):
-        return describe_loss(settings, model)
-    chunk = objective.chunk_size
-    return f"logits of {chunk} tokens at a time" if chunk else "all logits at once"
+    chunk = choose_chunk(model, settings.chunk_size)
+    logits = f"logits of {chunk} tokens at a time" if chunk else "all logits at once"
+    return f"{describe_loss(settings, model)}; {logits}" if takes_pairs(settings) else logits
 
 
 def choose_chunk(model: nn.Module, wanted: int | None) -> int | None:

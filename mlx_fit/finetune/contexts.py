@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fit._tree import assign, named_arrays
+from mlx_fit.checks import number
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.finetune.adapter_layers import LoRAEmbedding
 from mlx_fit.finetune.blocks import (
@@ -69,9 +70,7 @@ def neftune(model: nn.Module, alpha: float = 5.0) -> Iterator[None]:
     Raises:
         ConfigurationError: there is no embedding, or ``alpha`` is not positive.
     """
-    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number or not 0 < alpha < math.inf:
-        raise ConfigurationError(f"alpha={alpha!r}; expected a positive number.")
+    alpha = number("alpha", alpha, above=0.0)
     tables = [
         (name, module)
         for name, module in ordered_modules(model)

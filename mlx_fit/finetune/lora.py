@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fit.checks import boolean, natural
+from mlx_fit.checks import boolean, natural, number
 from mlx_fit.errors import ConfigurationError
 from mlx_fit.finetune.adapter_layers import AdapterLayer, LayerSettings, adapt, adapters_of
 from mlx_fit.finetune.blocks import listed, ordered_modules, replace
@@ -70,11 +69,10 @@ def apply_lora(
         ((8, 2), (2, 2))
     """
     natural("rank", rank, 1)
-    _check_alpha("alpha", alpha)
+    number("alpha", alpha, above=0.0)
     boolean("dora", dora)
     boolean("rslora", rslora)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout={dropout!r}; expected a number in [0, 1).")
+    number("dropout", dropout, 0.0, below=1.0)
     if bias not in BIASES:
         raise ConfigurationError(f"bias={bias!r}; expected one of {', '.join(map(repr, BIASES))}.")
     if present := adapters_of(model):
@@ -90,9 +88,9 @@ def apply_lora(
     settings = {}
     for name in names:
         natural("rank_pattern", ranks[name], 1)
-        _check_alpha("alpha_pattern", alphas[name])
-        divisor = math.sqrt(ranks[name]) if rslora else ranks[name]
-        settings[name] = LayerSettings(ranks[name], alphas[name] / divisor, float(dropout), dora)
+        scale = number("alpha_pattern", alphas[name], above=0.0)
+        scale /= math.sqrt(ranks[name]) if rslora else ranks[name]
+        settings[name] = LayerSettings(int(ranks[name]), scale, float(dropout), dora)
     with_bias = _with_bias(model, bias, names)
     attach_layers(model, settings)
     for layer in with_bias:
@@ -113,12 +111,6 @@ def attach_layers(model: nn.Module, settings: Mapping[str, LayerSettings]) -> No
     freeze(model)
     for name, layer in layers.items():
         replace(model, name, layer)
-
-
-def _check_alpha(argument: str, alpha: Any) -> None:
-    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number or not 0 < alpha < math.inf:
-        raise ConfigurationError(f"{argument}={alpha!r}; expected a positive number.")
 
 
 def _with_bias(model: nn.Module, bias: str, names: list[str]) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.checks import number
 
 
 def lora_plus(
@@ -27,8 +27,7 @@ def lora_plus(
         >>> [round(part.learning_rate.item(), 6) for part in optimizer.optimizers]
         [0.0016, 0.0001]
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
-        raise ConfigurationError(f"ratio={ratio!r}; expected a positive number.")
+    ratio = number("ratio", ratio, above=0.0)
     raised: Any = ratio * learning_rate if not callable(learning_rate) else None
     if raised is None:
 

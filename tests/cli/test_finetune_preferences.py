@@ -131,7 +131,6 @@ def test_settings_may_stand_in_a_file(place, tmp_path):
         ("text", ("--beta", 0.1), 2, "--beta goes with --objective dpo or orpo"),
         ("data", ("--objective", "dpo", "--pack", 64), 2, "--pack has no meaning"),
         ("data", ("--objective", "dpo", "--z-loss", 0.1), 2, "--z-loss has no meaning"),
-        ("data", ("--objective", "dpo", "--chunk-size", 8), 2, "--chunk-size has no meaning"),
         ("data", ("--objective", "orpo", "--label-smoothing", 0.1), 2, "not for --objective orpo"),
         ("data", ("--objective", "dpo", "--beta", 0), 1, "beta=0"),
         ("data", ("--objective", "dop"), 2, "dpo"),
@@ -148,9 +147,91 @@ def test_what_does_not_fit_is_said(data, flags, code, message, place, tmp_path, 
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_says_what_preferences_are(place, capsys):
-    assert main(["evaluate", "--model", str(place / "model"), "--data", str(place / "data")]) == 1
-    assert "they are preferences" in capsys.readouterr().err
+def evaluate(place, *flags, data="data"):
+    """Run ``mlx-fit evaluate``; its exit status."""
+    paths = ("--model", place / "model", "--data", place / data)
+    return main(["evaluate", *map(str, (*paths, *flags))])
+
+
+VALUES = re.compile(r"loss ([\d.-]+), rewards/margins ([\d.-]+), rewards/accuracies ([\d.]+)")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--objective", "dpo", "--beta", 0.3, "--label-smoothing", 0.1),
+        ("--objective", "dpo", "--full"),
+        ("--objective", "dpo", "--quantize", 8, "--quantize-group-size", 32),
+        ("--objective", "orpo", "--beta", 0.5),
+        ("--objective", "orpo", "--last-layers", 1),
+    ],
+)
+def test_evaluate_gives_what_the_run_printed(flags, place, tmp_path, capsys):
+    """By the record of the run: its objective, beta and smoothing need not be said again."""
+    assert tune(place, tmp_path, *flags, "--test") == 0
+    expected = VALUES.search(capsys.readouterr().out).groups()
+    same = [flag for flag in flags if str(flag).startswith("--quantize")] and flags[2:]
+    assert evaluate(place, "--adapter-path", tmp_path, *same) == 0
+    printed = capsys.readouterr().out
+    assert VALUES.search(printed).groups() == expected
+    assert "test.jsonl: " in printed
+    assert "of 5 rows" in printed
+    less = ("--batches", 1, "--batch-size", 2)
+    assert evaluate(place, "--adapter-path", tmp_path, *less, *same) == 0
+    assert "of 1 of 3 batches" in capsys.readouterr().out
+    assert evaluate(place, "--adapter-path", tmp_path, "--json", "--chunk-size", 3, *same) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [*found] == ["loss", "rewards/margins", "rewards/accuracies"]
+    assert [*found.values()] == pytest.approx([float(v) for v in expected], abs=1e-4)
+
+
+def test_a_fused_model_is_compared_with_a_reference(place, tmp_path, capsys):
+    adapters, fused = ("--adapter-path", str(tmp_path / "a")), str(tmp_path / "fused")
+    assert tune(place, tmp_path / "a", "--objective", "dpo", "--beta", 0.2) == 0
+    capsys.readouterr()
+    assert evaluate(place, *adapters) == 0
+    expected = VALUES.search(capsys.readouterr().out).groups()
+    assert main(["fuse", "--model", str(place / "model"), *adapters, "--save-path", fused]) == 0
+    pair = ("--objective", "dpo", "--beta", 0.2, "--reference", place / "model")
+    paths = ("--model", fused, "--data", place / "data")
+    assert main(["evaluate", *map(str, (*paths, *pair))]) == 0
+    found = VALUES.search(capsys.readouterr().out).groups()
+    assert [*map(float, found)] == pytest.approx([*map(float, expected)], abs=2e-4)
+
+
+def test_adapters_of_pairs_are_evaluated_on_text_as_well(place, tmp_path, capsys):
+    assert tune(place, tmp_path, "--objective", "orpo") == 0
+    assert evaluate(place, "--adapter-path", tmp_path, data="text") == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "code", "message"),
+    [
+        ("data", (), 1, "they are preferences. Say --objective dpo or orpo"),
+        ("data", ("--objective", "dpo"), 2, "compares with a reference: give --adapter-path"),
+        ("data", ("--objective", "orpo", "--reference", "x"), 2, "--reference is not for"),
+        ("data", ("--objective", "orpo", "--train-on", "all"), 2, "--train-on has no meaning"),
+        ("text", ("--objective", "orpo"), 1, "its rows have prompt, completion"),
+        ("text", ("--beta", 0.1), 2, "--beta goes with --objective dpo or orpo"),
+        ("nowhere", (), 1, "there is no such file or folder"),
+    ],
+)
+def test_evaluate_says_what_does_not_fit(data, flags, code, message, place, capsys):
+    assert evaluate(place, *flags, data=data) == code
+    assert message in capsys.readouterr().err
+
+
+def test_chunks_give_what_whole_logits_give(place, tmp_path):
+    rows = []
+    for name, size in (("whole", 0), ("chunks", 5)):
+        flags = ("--objective", "dpo", "--chunk-size", size, "--optimizer", "sgd")
+        assert tune(place, tmp_path / name, *flags) == 0
+        rows.append(log_of(tmp_path / name)[-1])
+    keys = [key for key in rows[0] if key.startswith(("loss", "val_", "rewards", "logps"))]
+    assert [rows[1][k] for k in keys] == pytest.approx(
+        [rows[0][k] for k in keys], rel=1e-3, abs=1e-5
+    )
 
 
 def test_routers_are_balanced_by_flag_and_by_file(place, tmp_path):

@@ -83,6 +83,8 @@ def test_flags_win_over_the_file(tmp_path):
         ("validation_split = 1.0", "a share below 1"),
         ('full = true\nadapter_format = "peft"', "there are none"),
         ("lora_rank", "cannot be read as TOML"),
+        ("learning_rate = inf", "learning_rate is inf; expected a finite number"),
+        ("neftune = nan", "neftune is nan; expected a finite number"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_told(line, message, tmp_path):
@@ -102,6 +104,11 @@ def test_what_is_wrong_in_a_file_is_told(line, message, tmp_path):
         (["--full", "--dora"], "--dora is for adapters"),
         (["--config", "a.json"], "expected a .toml file"),
         (["--batch-size", "0"], "at least 1"),
+        (["--lora-dropout", "1"], "--lora-dropout is 1.0; expected a number below 1"),
+        (["--label-smoothing", "1"], "--label-smoothing is 1.0; expected a number below 1"),
+        (["--lora-alpha", "-1"], "--lora-alpha is -1.0; expected a number above 0"),
+        (["--neftune", "0"], "--neftune is 0.0; expected a number above 0"),
+        (["--clip-norm", "0"], "--clip-norm is 0.0; expected a number above 0"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_why(flags, message, capsys):

@@ -97,6 +97,58 @@ def test_a_half_precision_model_still_refuses_to_lose_adapters_in_few_bits():
         fuse(model, mx.array(TOKENS), quantize=True)
 
 
+def half_precision(dtype, bits, seed=7):
+    model = make_llama()
+    model.set_dtype(dtype)
+    nn.quantize(model, 32, bits)
+    apply_lora(model)
+    return shake(model, seed)
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_eight_bits_keep_the_adapters_without_a_tolerance(dtype, seed):
+    model = half_precision(dtype, 8, seed)
+    expected = logits(model)
+    with disabled(model):
+        effect = np.square(logits(model) - expected).mean()
+    fuse(model, mx.array(TOKENS), quantize=True)
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert np.square(logits(model) - expected).mean() < 0.02 * effect
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("scale", [0.01, 0.03])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_few_bits_lose_adapters_of_any_size_and_are_refused(dtype, scale, bits):
+    model = make_llama()
+    model.set_dtype(dtype)
+    nn.quantize(model, 32, bits)
+    apply_lora(model)
+    shake(model, scale=scale)
+    expected = logits(model)
+    with pytest.raises(ConfigurationError, match="would be lost in the few bits"):
+        fuse(model, mx.array(TOKENS), quantize=True)
+    assert (logits(model) == expected).all()
+
+
+def test_a_tolerance_is_of_the_largest_difference():
+    model = half_precision(mx.bfloat16, 8)
+    expected = logits(model)
+    merged = half_precision(mx.bfloat16, 8)
+    fuse(merged, mx.array(TOKENS), tolerance=1.0)
+    moved = np.abs(logits(merged) - expected).max() / max(1.0, np.abs(expected).max())
+    with pytest.raises(ConfigurationError, match="above tolerance="):
+        fuse(model, mx.array(TOKENS), tolerance=0.9 * moved)
+    fuse(model, mx.array(TOKENS), tolerance=1.1 * moved)
+
+
+@pytest.mark.parametrize("tolerance", [-1, True, "1", float("nan")])
+def test_a_tolerance_is_a_number(tolerance):
+    with pytest.raises(ConfigurationError, match="tolerance="):
+        fuse(adapted(), mx.array(TOKENS), tolerance=tolerance)
+
+
 def test_adapters_put_on_since_are_in_the_way_of_unmerging():
     model = adapted()
     expected = logits(model)

@@ -54,7 +54,7 @@ LAYERS = [
         *("data", "text", "objective", "options", "compiled", "step_state", "step", "splitting"),
         *("evaluation", "summary", "updating", "baked"),
         *("checkpoint", "finetune", "interop", "communicator", "causal_lm", "loggers"),
-        *("preference", "dpo", "orpo"),
+        *("head_apart", "preference", "dpo", "orpo"),
     },
     {"callbacks"},
     set(RUN),
