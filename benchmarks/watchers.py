@@ -32,7 +32,7 @@ from mlx_fit import (
 from mlx_fit.cli.bench_fit import against_hand, calls_of_batches
 
 ROUNDS = int(os.environ.get("ROUNDS", "15"))
-WIDTH, BATCH_SIZE = 512, 256
+WIDTH, BATCH_SIZE = int(os.environ.get("WIDTH", "512")), int(os.environ.get("BATCH", "256"))
 
 
 class Nowhere:

@@ -49,11 +49,11 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def layer_norms(model: nn.Module, gradients: Any, transposed: Collection[str]) -> mx.array:
     """The L2 norm of each layer's gradient, float32, in the order of :func:`layer_names`."""
-    squares: dict[str, mx.array] = dict.fromkeys(layer_names(model), mx.array(0.0))
+    squares: dict[str, list[mx.array]] = {name: [] for name in layer_names(model)}
     for name, gradient in named_arrays(gradients):
-        owner, square = _owner(name), _sum_of_squares(gradient, name in transposed)
-        squares[owner] = squares[owner] + square
-    return mx.sqrt(mx.stack(list(squares.values())))
+        squares[_owner(name)].append(_sum_of_squares(gradient, name in transposed))
+    layers = [sum(found[1:], found[0]) if found else mx.array(0.0) for found in squares.values()]
+    return mx.sqrt(mx.stack(layers))
 
 
 def named_norms(model: nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, float] | None]:
