@@ -185,6 +185,22 @@ def test_evaluate_gives_what_the_run_printed(flags, place, tmp_path, capsys):
     assert [*found.values()] == pytest.approx([float(v) for v in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize("way", [("--full",), ("--last-layers", 1)])
+def test_what_a_run_started_from_is_its_reference(way, place, tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert tune(place, first, "--objective", "orpo", *way) == 0
+    start = ("--start-from", first / "adapters.safetensors")
+    assert tune(place, second, "--objective", "dpo", *way, *start, "--test") == 0
+    expected = VALUES.search(capsys.readouterr().out).groups()
+    assert evaluate(place, "--adapter-path", second) == 0
+    assert VALUES.search(capsys.readouterr().out).groups() == expected
+    assert evaluate(place, "--adapter-path", second, "--reference", place / "model") == 0
+    assert VALUES.search(capsys.readouterr().out).groups() != expected
+    first.rename(tmp_path / "elsewhere")
+    assert evaluate(place, "--adapter-path", second) == 1
+    assert "compared with what it began with" in capsys.readouterr().err
+
+
 def test_a_fused_model_is_compared_with_a_reference(place, tmp_path, capsys):
     adapters, fused = ("--adapter-path", str(tmp_path / "a")), str(tmp_path / "fused")
     assert tune(place, tmp_path / "a", "--objective", "dpo", "--beta", 0.2) == 0
@@ -211,6 +227,7 @@ def test_adapters_of_pairs_are_evaluated_on_text_as_well(place, tmp_path, capsys
         ("data", (), 1, "they are preferences. Say --objective dpo or orpo"),
         ("data", ("--objective", "dpo"), 2, "compares with a reference: give --adapter-path"),
         ("data", ("--objective", "orpo", "--reference", "x"), 2, "--reference is not for"),
+        ("data", ("--objective", "dpo", "--reference", "none"), 1, "--reference none: there is no"),
         ("data", ("--objective", "orpo", "--train-on", "all"), 2, "--train-on has no meaning"),
         ("text", ("--objective", "orpo"), 1, "its rows have prompt, completion"),
         ("text", ("--beta", 0.1), 2, "--beta goes with --objective dpo or orpo"),
