@@ -19,6 +19,7 @@ from mlx_fit.cli.preferences import (
     CAUSAL_LM,
     OBJECTIVES,
     REWARDS,
+    check_values,
     describe_rewards,
     refuse_text_settings,
 )
@@ -130,6 +131,7 @@ def _fill_in(settings: argparse.Namespace, record: Mapping[str, Any]) -> None:
     for name, default in zip(FOR_PAIRS, (BETA, 0.0), strict=True):
         if getattr(settings, name) is None:
             setattr(settings, name, record.get(name, default) if same else default)
+    check_values(settings)
 
 
 def _record(folder: str | None) -> dict[str, Any]:

@@ -132,7 +132,13 @@ def test_settings_may_stand_in_a_file(place, tmp_path):
         ("data", ("--objective", "dpo", "--pack", 64), 2, "--pack has no meaning"),
         ("data", ("--objective", "dpo", "--z-loss", 0.1), 2, "--z-loss has no meaning"),
         ("data", ("--objective", "orpo", "--label-smoothing", 0.1), 2, "not for --objective orpo"),
-        ("data", ("--objective", "dpo", "--beta", 0), 1, "beta=0"),
+        ("data", ("--objective", "dpo", "--beta", 0), 2, "--beta 0: dpo would ignore"),
+        (
+            "data",
+            ("--objective", "dpo", "--label-smoothing", 0.5),
+            2,
+            "--label-smoothing 0.5: from",
+        ),
         ("data", ("--objective", "dop"), 2, "dpo"),
         ("text", ("--router-loss-weight", 0.1), 1, "needs a mixture of experts"),
         ("text", ("--router-loss-weight", 0.1, "--checkpoint-layers"), 2, "exclude each other"),
@@ -221,13 +227,18 @@ def test_adapters_of_pairs_are_evaluated_on_text_as_well(place, tmp_path, capsys
     assert "perplexity" in capsys.readouterr().out
 
 
+AGAINST = ("--objective", "dpo", "--reference", "none")
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "code", "message"),
     [
         ("data", (), 1, "they are preferences. Say --objective dpo or orpo"),
         ("data", ("--objective", "dpo"), 2, "compares with a reference: give --adapter-path"),
+        ("data", (*AGAINST, "--beta", 0), 2, "--beta 0: dpo would ignore"),
+        ("data", (*AGAINST, "--label-smoothing", 0.7), 2, "--label-smoothing 0.7: from a half"),
         ("data", ("--objective", "orpo", "--reference", "x"), 2, "--reference is not for"),
-        ("data", ("--objective", "dpo", "--reference", "none"), 1, "--reference none: there is no"),
+        ("data", AGAINST, 1, "--reference none: there is no"),
         ("data", ("--objective", "orpo", "--train-on", "all"), 2, "--train-on has no meaning"),
         ("text", ("--objective", "orpo"), 1, "its rows have prompt, completion"),
         ("text", ("--beta", 0.1), 2, "--beta goes with --objective dpo or orpo"),
