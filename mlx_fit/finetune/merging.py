@@ -342,9 +342,9 @@ def _vanished(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> str | Non
         base = dense_weight(layer.base).astype(mx.float32)
         added = layer.adapted_weight() - base
         changed = modules[name].weight.astype(mx.float32) - base
-        held += mx.sum(added * changed).item()
-        wanted += mx.square(added).sum().item()
-        size += mx.square(base).sum().item()
+        held += float(mx.sum(added * changed))
+        wanted += float(mx.sum(added * added))
+        size += float(mx.sum(base * base))
     if wanted <= TINY**2 * size or not held < HELD * wanted:  # outputs tell of NaN
         return None
     dtype = str(modules[next(iter(layers))].weight.dtype).rpartition(".")[2]
