@@ -69,6 +69,7 @@ TAKERS = {
     "LoRA alpha": lambda x: lora(alpha=x),
     "LoRA alpha_pattern": lambda x: lora(alpha_pattern={"q_proj": x}),
     "LoRA dropout": lambda x: lora(dropout=x),
+    "LoRA+ rate": lambda x: finetune.lora_plus(optim.SGD, x),
     "LoRA+ ratio": lambda x: finetune.lora_plus(optim.SGD, 0.1, ratio=x),
     "NEFTune": noisy,
     "loss_weights": lambda x: Supervised({"a": "mse"}, loss_weights={"a": x}),

@@ -19,14 +19,15 @@ from mlx_fit.cli.preferences import (
     CAUSAL_LM,
     OBJECTIVES,
     REWARDS,
+    check_values,
     describe_rewards,
     refuse_text_settings,
 )
 from mlx_fit.cli.settings import Setting, add_flags, checking_usage, read_toml, resolve
 from mlx_fit.cli.text_data import check_data, has_pairs, require_part
-from mlx_fit.cli.training import choose_chunk
+from mlx_fit.cli.training import choose_chunk, choose_what_trains
 from mlx_fit.dpo import ADAPTERS_OFF, DPO
-from mlx_fit.errors import ConfigurationError
+from mlx_fit.errors import CheckpointError, ConfigurationError
 from mlx_fit.finetune.adapter_layers import adapters_of
 from mlx_fit.objective import Objective
 from mlx_fit.orpo import ORPO
@@ -44,7 +45,7 @@ SETTINGS = (
     Setting("beta", float, None, f"of dpo and orpo (default: of the run, or {BETA})", least=0.0),
     Setting("label_smoothing", float, None, "of dpo (default: of the run, or 0)", least=0.0),
     Setting("reference", str, None, "folder of the model that dpo compares with (default: --model "
-            "without adapters)"),
+            "without adapters, or what the run began with)"),
     Setting("chunk_size", int, None, "tokens whose logits are in memory; 0: all", least=0),
     Setting("json", bool, False, "print one line of JSON"),
 )  # fmt: skip
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: Any = require_part(settings, loaded.tokenizer, settings.split, is_pairs)
     kind = PreferenceBatches if is_pairs else BucketBatches
     batches = kind(rows, settings.batch_size, settings.max_shapes, shuffle=False, seed=0)
-    trainer = Trainer(loaded.model, objective=_make_objective(loaded, settings))
+    trainer = Trainer(loaded.model, objective=_make_objective(loaded, settings, record))
     found = trainer.evaluate(batches, steps=settings.batches, verbose=0)
     if settings.json:
         keys = ("loss", *REWARDS) if is_pairs else ("loss", "perplexity", "num_tokens")
@@ -130,6 +131,7 @@ def _fill_in(settings: argparse.Namespace, record: Mapping[str, Any]) -> None:
     for name, default in zip(FOR_PAIRS, (BETA, 0.0), strict=True):
         if getattr(settings, name) is None:
             setattr(settings, name, record.get(name, default) if same else default)
+    check_values(settings)
 
 
 def _record(folder: str | None) -> dict[str, Any]:
@@ -138,23 +140,57 @@ def _record(folder: str | None) -> dict[str, Any]:
     return read_toml(path) if path is not None and path.is_file() else {}
 
 
-def _make_objective(loaded: Loaded, settings: argparse.Namespace) -> Objective:
+def _make_objective(
+    loaded: Loaded, settings: argparse.Namespace, record: Mapping[str, Any]
+) -> Objective:
     chunk = choose_chunk(loaded.model, settings.chunk_size)
     if settings.objective == "orpo":
         return ORPO(settings.beta, chunk)
     if settings.objective == "dpo":
-        reference = _reference(loaded.model, settings)
+        reference = _reference(loaded.model, settings, record)
         return DPO(settings.beta, settings.label_smoothing, reference, chunk)
     return CausalLM(chunk_size=chunk)
 
 
-def _reference(model: nn.Module, settings: argparse.Namespace) -> str | nn.Module:
+def _reference(
+    model: nn.Module, settings: argparse.Namespace, record: Mapping[str, Any]
+) -> str | nn.Module:
     """The base below the adapters; a model of its own where there are none, or another is given."""
     if settings.reference is None and adapters_of(model):
         return ADAPTERS_OFF
-    path = settings.reference or settings.model
-    as_it_is = {} if settings.reference is None else {"quantize": None}
-    return load_model(argparse.Namespace(**{**vars(settings), "model": path, **as_it_is})).model
+    if settings.reference is not None:
+        other = {"model": settings.reference, "quantize": None}
+        try:
+            return load_model(argparse.Namespace(**vars(settings) | other)).model
+        except ConfigurationError as error:
+            text = str(error).replace("--model", "--reference", 1)
+            raise ConfigurationError(text) from error
+    reference = load_model(settings).model
+    if record.get("objective") == settings.objective and "start_from" in record:
+        _begin_as(reference, settings, record)
+    return reference
+
+
+def _begin_as(model: nn.Module, settings: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Put in what a run without adapters began with, which was its reference.
+
+    Raises:
+        ConfigurationError: it is not there any more, or does not fit.
+    """
+    begun = Path(record["start_from"]).expanduser()
+    folder = begun if begun.is_dir() else begun.parent
+    try:
+        if folder.resolve() == Path(settings.adapter_path).expanduser().resolve():
+            raise ConfigurationError("the run wrote over it.")
+        as_begun = {key: record.get(key) for key in ("full", "last_layers", "head", "start_from")}
+        seed = record.get("seed", 0)
+        choose_what_trains(model, argparse.Namespace(float32=False, seed=seed, **as_begun))
+    except (CheckpointError, ConfigurationError) as error:
+        raise ConfigurationError(
+            f"The run of --adapter-path {settings.adapter_path} compared with what it began with, "
+            f"{begun}, which cannot be used: {error} Say with --reference which folder's model "
+            "to compare with."
+        ) from error
 
 
 def _described(found: Mapping[str, float], settings: argparse.Namespace) -> str:

@@ -52,6 +52,22 @@ def check_objective(settings: argparse.Namespace) -> None:
     if settings.objective == "orpo" and settings.label_smoothing:
         raise ConfigurationError("--label-smoothing is not for --objective orpo.")
     settings.beta = BETA if settings.beta is None else settings.beta
+    check_values(settings)
+
+
+def check_values(settings: argparse.Namespace) -> None:
+    """Raise for a number that the objective of pairs cannot work with."""
+    if settings.objective != "dpo":
+        return
+    if not settings.beta > 0:
+        raise ConfigurationError(
+            f"--beta {settings.beta:g}: dpo would ignore the answers; expected a number above 0."
+        )
+    if not settings.label_smoothing < 0.5:
+        raise ConfigurationError(
+            f"--label-smoothing {settings.label_smoothing:g}: from a half on, dpo would learn the "
+            "opposite; expected a number below 0.5."
+        )
 
 
 def refuse_text_settings(settings: argparse.Namespace) -> None:

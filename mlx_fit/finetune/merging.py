@@ -19,6 +19,7 @@ from mlx_fit.finetune.adapter_layers import (
     AdapterLayer,
     adapters_of,
     dense_shape,
+    dense_weight,
     require_adapters,
 )
 from mlx_fit.finetune.blocks import is_quantized, listed, ordered_modules, replace
@@ -29,6 +30,7 @@ TOLERANCE = 1e-3  # of the largest output
 ROUNDINGS = 4  # of the dtype: measured on tiny Llamas at up to 0.8 (bfloat16) and 2.1 (float16)
 KEPT = 0.1  # of what adapters do may be lost: measured 0.01 to 0.08 in 8 bits, 0.14 to 0.8 in 4
 TINY = 1e-6  # of the largest output: float32's own rounding
+HELD = 0.5  # of what adapters add to weights must stay: measured 1 or nearly, or below 0.3
 MERGED = 1.25  # times the rounding of unpacked layers is no loss to packing
 
 
@@ -113,6 +115,8 @@ def fuse(
             of the largest output, or four roundings of the coarsest dtype that the model computes
             in: 0.4 % in float16, 3 % in bfloat16. With it, below a tenth of what the adapters
             change, or what unpacked layers cost by rounding (8 bits usually keep that, 4 do not).
+            In both cases unpacked weights must hold at least half of what the adapters add, where
+            small additions may round to nothing in half precision.
 
     Returns:
         The dotted names of the fused layers.
@@ -129,6 +133,7 @@ def fuse(
             base = _outputs(model, inputs)
         names = merge(model)
         merged = after = _outputs(model, inputs)
+        vanished = _vanished(model, layers)
         if quantize:
             for name in names:
                 replace(model, name, _requantized(dict(ordered_modules(model))[name], layers[name]))
@@ -136,6 +141,8 @@ def fuse(
     refusal = None
     if limit is not None:
         refusal = _too_far(before, after, limit)
+    elif vanished is not None:
+        refusal = vanished
     elif quantize:
         refusal = _lost(before, after, base, merged)
     else:
@@ -143,11 +150,13 @@ def fuse(
     if refusal is not None:
         for name, layer in layers.items():
             replace(model, name, layer)
-        remedy = (
-            "Fuse with quantize=False, which gives dequantized layers (without --requantize)"
-            if quantize
-            else "Look at the adapters' values, or allow more with tolerance= (--tolerance)"
-        )
+        remedy = "Look at the adapters' values, or allow more with tolerance= (--tolerance)"
+        if limit is None and vanished is not None:
+            remedy = "Keep the adapters beside the model, or say tolerance= (--tolerance)"
+        elif quantize:
+            remedy = (
+                "Fuse with quantize=False, which gives dequantized layers (without --requantize)"
+            )
         raise ConfigurationError(f"{refusal}; the adapters are left as they were. {remedy}.")
     modules = dict(ordered_modules(model))
     for name in names:
@@ -318,6 +327,30 @@ def _lost(before: mx.array, after: mx.array, base: mx.array, merged: mx.array) -
         f"Fusing would move the outputs by {moved / _size(before):.3g} of the largest, where the "
         f"adapters move them by {effect / _size(before):.3g}: these would be lost in the few bits "
         "of packed layers, or much of them"
+    )
+
+
+def _vanished(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> str | None:
+    """Why merged weights are little else than the base's, if so.
+
+    Outputs do not tell: they are rounded themselves, by more than a small adapter moves them. The
+    share that is held is the projection of what the weights changed by on what was to be added.
+    """
+    modules = dict(ordered_modules(model))
+    held = wanted = size = 0.0
+    for name, layer in layers.items():
+        base = dense_weight(layer.base).astype(mx.float32)
+        added = layer.adapted_weight() - base
+        changed = modules[name].weight.astype(mx.float32) - base
+        held += float(mx.sum(added * changed))
+        wanted += float(mx.sum(added * added))
+        size += float(mx.sum(base * base))
+    if wanted <= TINY**2 * size or not held < HELD * wanted:  # outputs tell of NaN
+        return None
+    dtype = str(modules[next(iter(layers))].weight.dtype).rpartition(".")[2]
+    return (
+        f"Of what the adapters add to the weights {held / wanted:.0%} would be left: the rest is "
+        f"smaller than the rounding of {dtype}"
     )
 
 

@@ -21,6 +21,9 @@ def lora_plus(
         learning_rate: of A and of whatever else trains: a number or a schedule.
         ratio: that of B over it.
 
+    Raises:
+        ConfigurationError: a number cannot work.
+
     Example:
         >>> import mlx.optimizers as optim
         >>> optimizer = lora_plus(optim.AdamW, 1e-4)
@@ -28,6 +31,8 @@ def lora_plus(
         [0.0016, 0.0001]
     """
     ratio = number("ratio", ratio, above=0.0)
+    if not callable(learning_rate) and not isinstance(learning_rate, mx.array):
+        learning_rate = number("learning_rate", learning_rate, 0.0)
     raised: Any = ratio * learning_rate if not callable(learning_rate) else None
     if raised is None:
 

@@ -132,7 +132,13 @@ def test_settings_may_stand_in_a_file(place, tmp_path):
         ("data", ("--objective", "dpo", "--pack", 64), 2, "--pack has no meaning"),
         ("data", ("--objective", "dpo", "--z-loss", 0.1), 2, "--z-loss has no meaning"),
         ("data", ("--objective", "orpo", "--label-smoothing", 0.1), 2, "not for --objective orpo"),
-        ("data", ("--objective", "dpo", "--beta", 0), 1, "beta=0"),
+        ("data", ("--objective", "dpo", "--beta", 0), 2, "--beta 0: dpo would ignore"),
+        (
+            "data",
+            ("--objective", "dpo", "--label-smoothing", 0.5),
+            2,
+            "--label-smoothing 0.5: from",
+        ),
         ("data", ("--objective", "dop"), 2, "dpo"),
         ("text", ("--router-loss-weight", 0.1), 1, "needs a mixture of experts"),
         ("text", ("--router-loss-weight", 0.1, "--checkpoint-layers"), 2, "exclude each other"),
@@ -185,6 +191,22 @@ def test_evaluate_gives_what_the_run_printed(flags, place, tmp_path, capsys):
     assert [*found.values()] == pytest.approx([float(v) for v in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize("way", [("--full",), ("--last-layers", 1)])
+def test_what_a_run_started_from_is_its_reference(way, place, tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert tune(place, first, "--objective", "orpo", *way) == 0
+    start = ("--start-from", first / "adapters.safetensors")
+    assert tune(place, second, "--objective", "dpo", *way, *start, "--test") == 0
+    expected = VALUES.search(capsys.readouterr().out).groups()
+    assert evaluate(place, "--adapter-path", second) == 0
+    assert VALUES.search(capsys.readouterr().out).groups() == expected
+    assert evaluate(place, "--adapter-path", second, "--reference", place / "model") == 0
+    assert VALUES.search(capsys.readouterr().out).groups() != expected
+    first.rename(tmp_path / "elsewhere")
+    assert evaluate(place, "--adapter-path", second) == 1
+    assert "compared with what it began with" in capsys.readouterr().err
+
+
 def test_a_fused_model_is_compared_with_a_reference(place, tmp_path, capsys):
     adapters, fused = ("--adapter-path", str(tmp_path / "a")), str(tmp_path / "fused")
     assert tune(place, tmp_path / "a", "--objective", "dpo", "--beta", 0.2) == 0
@@ -205,12 +227,18 @@ def test_adapters_of_pairs_are_evaluated_on_text_as_well(place, tmp_path, capsys
     assert "perplexity" in capsys.readouterr().out
 
 
+AGAINST = ("--objective", "dpo", "--reference", "none")
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "code", "message"),
     [
         ("data", (), 1, "they are preferences. Say --objective dpo or orpo"),
         ("data", ("--objective", "dpo"), 2, "compares with a reference: give --adapter-path"),
+        ("data", (*AGAINST, "--beta", 0), 2, "--beta 0: dpo would ignore"),
+        ("data", (*AGAINST, "--label-smoothing", 0.7), 2, "--label-smoothing 0.7: from a half"),
         ("data", ("--objective", "orpo", "--reference", "x"), 2, "--reference is not for"),
+        ("data", AGAINST, 1, "--reference none: there is no"),
         ("data", ("--objective", "orpo", "--train-on", "all"), 2, "--train-on has no meaning"),
         ("text", ("--objective", "orpo"), 1, "its rows have prompt, completion"),
         ("text", ("--beta", 0.1), 2, "--beta goes with --objective dpo or orpo"),

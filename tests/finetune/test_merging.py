@@ -97,6 +97,32 @@ def test_a_half_precision_model_still_refuses_to_lose_adapters_in_few_bits():
         fuse(model, mx.array(TOKENS), quantize=True)
 
 
+@pytest.mark.parametrize(("bits", "quantize"), [(None, False), (8, False), (8, True)])
+@pytest.mark.parametrize(("dtype", "scale"), [(mx.bfloat16, 1e-4), (mx.float16, 1e-5)])
+def test_adapters_that_round_to_nothing_are_not_fused(dtype, scale, bits, quantize):
+    """A bfloat16 has 8 bits: what is below a 512th of a weight leaves it as it was."""
+    model = make_llama()
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+    apply_lora(model)
+    shake(model, 7, scale)
+    expected = logits(model)
+    with pytest.raises(ConfigurationError, match=r"the adapters add to the weights \d+% would be"):
+        fuse(model, mx.array(TOKENS), quantize=quantize)
+    assert (logits(model) == expected).all()
+    fuse(model, mx.array(TOKENS), quantize=quantize, tolerance=0.2)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_adapters_that_add_nothing_can_be_fused(dtype, dora):
+    model = make_llama()
+    model.set_dtype(dtype)
+    apply_lora(model, dora=dora)
+    assert len(fuse(model, mx.array(TOKENS))) == 21
+
+
 def half_precision(dtype, bits, seed=7):
     model = make_llama()
     model.set_dtype(dtype)
