@@ -305,3 +305,13 @@ def test_an_optimizer_may_keep_what_it_computes():
     trainer = Trainer(Net(), Keeping(0.1), "mse", batch_size=4)
     trainer.fit(DATA, epochs=2, callbacks=Do("on_train_batch_end", lambda _: None), verbose=0)
     assert trainer._train_step.num_traces == 1
+
+
+def test_what_a_forward_pass_notes_compiles_no_evaluation_and_no_prediction_anew():
+    trainer = Trainer(Noting(), optim.SGD(0.1), "mse", batch_size=8)
+    trainer.fit(DATA, DATA, epochs=4, verbose=0)
+    assert trainer.model.counts <= 5  # traces: each runs the forward pass once
+    before = trainer.model.counts
+    for _ in range(4):
+        trainer.predict(X)
+    assert trainer.model.counts <= before + 2
