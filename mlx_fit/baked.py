@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import getitem, is_
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from mlx_fit.modes import PLAIN, fingerprint, plain_in
 from mlx_fit.rates import optimizers_of, settings, told
 
 R = TypeVar("R")
+# Layers and optimizers by id, and the names that they had when first traced: a second fit, or
+# another Trainer of the same model, must not take notes of the first for settings.
+_FIRST: dict[int, tuple[weakref.ref[Any], set[str]]] = {}
 MANY = 32  # changes of settings within a fit, each of which compiles the step anew
 
 
@@ -51,7 +55,7 @@ class BakedIn:
         modules, parts = self._model.modules(), optimizers_of(self._optimizer)
         owners = [*modules, self._optimizer, *parts]
         then = self._known if self._is_traced else {}
-        self._known = {id(o): then.get(id(o)) or (o, _names(o)) for o in owners}
+        self._known = {id(o): then.get(id(o)) or (o, _known_of(o)) for o in owners}
         self._set_before = {place for place in self._set_before if place[0] in self._known}
         self._set_again &= self._set_before
         apart = self.apart()
@@ -129,6 +133,7 @@ class BakedIn:
         self._set_before |= changed
         self.note()
         self._is_traced = True
+        _remember(self._known.values())
         return results
 
     def look(self, *_: Any) -> None:
@@ -168,6 +173,20 @@ class BakedIn:
 def _names(owner: Any) -> set[str]:
     """What an object holds, by name; of a layer its parameters and layers too."""
     return {*vars(owner), *(owner if isinstance(owner, nn.Module) else ())}
+
+
+def _known_of(owner: Any) -> set[str]:
+    """What it held at its first trace, in this fit or another; until then, what it holds."""
+    reference, names = _FIRST.get(id(owner), (None, set()))
+    return names if reference is not None and reference() is owner else _names(owner)
+
+
+def _remember(known: Iterable[tuple[Any, set[str]]]) -> None:
+    gone = [at for at, (reference, _) in [*_FIRST.items()] if reference() is None]
+    for at in gone:
+        _FIRST.pop(at, None)
+    for owner, names in known:
+        _FIRST.setdefault(id(owner), (weakref.ref(owner), names))
 
 
 def _copied(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Settings that hooks change between batches: the compiled step follows, as an eager one would."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from toys import Do
 
-from mlx_fit import EarlyStopping, LambdaCallback, TerminateOnNaN, Timer, Trainer
+from mlx_fit import EarlyStopping, LambdaCallback, TerminateOnNaN, Timer, Trainer, baked
 from mlx_fit.baked import MANY, BakedIn
 
 
@@ -315,3 +317,24 @@ def test_what_a_forward_pass_notes_compiles_no_evaluation_and_no_prediction_anew
     for _ in range(4):
         trainer.predict(X)
     assert trainer.model.counts <= before + 2
+
+
+def test_notes_of_one_fit_are_no_settings_of_the_next_nor_of_another_trainer():
+    def note(trainer):
+        trainer.model.loss = trainer.optimizer.loss = trainer.step / 7
+
+    model, optimizer = Net(), optim.AdamW(0.05, [0.9, 0.99])
+    for trainer in [Trainer(model, optimizer, "mse", batch_size=4)] * 2 + [
+        Trainer(model, optimizer, "mse", batch_size=4)
+    ]:
+        trainer.fit(DATA, epochs=2, callbacks=Do("on_train_batch_end", note), verbose=0)
+        assert trainer._train_step.num_traces == 1
+
+
+def test_nothing_is_remembered_of_models_that_are_gone():
+    trained(None)
+    num_objects = len(baked._FIRST)
+    for _ in range(5):
+        gc.collect()
+        trained(Do("on_train_batch_end", set_layer, 2))
+    assert len(baked._FIRST) <= num_objects + 1  # the layer that came late
