@@ -109,7 +109,11 @@ class EvaluationStep:
         try:
             if self.guard is not None:
                 self.guard(host_batch)
-            return self.sums.growing(lambda: self._batch(key, key[1], batch))
+            is_as_built = self._options.compile and fingerprint(self.model) == self._built_for
+            results = self.sums.growing(lambda: self._batch(key, key[1], batch))
+            if is_as_built:  # what a forward pass notes on the model, as a count, is no change
+                self._built_for = fingerprint(self.model)
+            return results
         except Exception as error:
             error.add_note(f"In the evaluation step, for the batch {describe(batch)}.")
             raise
@@ -152,7 +156,7 @@ class PredictionStep:
         try:
             if self.guard is not None and key not in self._batch.seen:
                 self.guard((x,))
-            outputs = self._batch(key, x)
+            outputs = self._outputs(key, x)
             try:
                 mx.eval(outputs)  # host synchronisation
             except RuntimeError as error:
@@ -167,6 +171,15 @@ class PredictionStep:
     def on_host(self, host_batch: Any) -> Any:
         """The same as NumPy arrays."""
         return tree_map(_to_numpy, self(host_batch))
+
+    def _outputs(self, key: Any, x: Any) -> Any:
+        if key in self._batch.seen:
+            return self._batch.function(x)
+        is_as_built = self._options.compile and fingerprint(self.model) == self._built_for
+        outputs = self._batch(key, x)
+        if is_as_built:  # as in an evaluation
+            self._built_for = fingerprint(self.model)
+        return outputs
 
     def _predict(self, x: Any) -> Any:
         with self._options.precision.casting(self.model):

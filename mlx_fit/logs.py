@@ -146,7 +146,9 @@ def total_of(totals: np.ndarray, vectors: Sequence[mx.array]) -> np.ndarray:
     if all(vector.size == totals.size for vector in vectors):
         rows = np.empty((len(vectors) + 1, totals.size))
         rows[0] = totals
-        rows[1:] = np.frombuffer(b"".join(buffers), np.float32).reshape(len(vectors), -1)
+        # Through views, which know of strides: what MLX hands out as bytes is plain memory.
+        parts = b"".join([memoryview(buffer).tobytes() for buffer in buffers])
+        rows[1:] = np.frombuffer(parts, np.float32).reshape(len(vectors), totals.size)
         return np.add.reduce(rows, 0)
     totals = totals.copy()
     for vector in vectors:  # lanes were added in between

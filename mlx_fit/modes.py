@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -13,27 +14,35 @@ import mlx.nn as nn
 PLAIN = (bool, int, float, str, type(None))
 
 
-def fingerprint(model: nn.Module) -> list[Any]:
-    """What a compiled step bakes in: each module, its mode, what it froze, its plain settings."""
+def fingerprint(
+    model: nn.Module, apart: Mapping[int, Collection[str]] = MappingProxyType({})
+) -> list[Any]:
+    """What a compiled step bakes in: each module, its mode, what it froze, its plain settings.
+
+    Args:
+        model: the model.
+        apart: names of settings that nothing is computed from, by the ``id`` of their module.
+    """
     layers = [
-        (
-            id(module),
-            [(key, _plain_in(value)) for key, value in module.items()],
-            frozenset(module._no_grad),
-            [(k, v if isinstance(v, PLAIN) else id(v)) for k, v in vars(module).items()],
-        )
+        (id(module), frozenset(module._no_grad), _settings(module, apart.get(id(module), ())))
         for module in model.modules()
     ]
     # Compiled functions, and the random key they captured, belong to one thread.
     return [threading.get_ident(), *layers]
 
 
-def _plain_in(value: Any) -> list[Any]:
+def _settings(module: nn.Module, apart: Collection[str]) -> list[tuple[str, Any]]:
+    held = [(key, plain_in(value)) for key, value in module.items() if key not in apart]
+    fields = vars(module).items()
+    return held + [(k, v if isinstance(v, PLAIN) else id(v)) for k, v in fields if k not in apart]
+
+
+def plain_in(value: Any) -> list[Any]:
     """The plain values of a list, tuple or dict in a layer, but not those of layers in it."""
     if not isinstance(value, (dict, list, tuple)) or isinstance(value, nn.Module):
         return [value] if isinstance(value, PLAIN) else []
     parts = value.values() if isinstance(value, dict) else value
-    return [plain for part in parts for plain in _plain_in(part)]
+    return [plain for part in parts for plain in plain_in(part)]
 
 
 @contextmanager

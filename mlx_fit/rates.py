@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -18,12 +20,33 @@ def optimizers_of(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "optimizers", [optimizer]))
 
 
-def settings(optimizer: Any) -> list[Any]:
-    """What a compiled step bakes in of an optimizer: its state's identity, its plain settings."""
-    return [
-        (id(part), id(part.state), repr([v for k, v in vars(part).items() if k != "_state"]))
-        for part in optimizers_of(optimizer)
-    ]
+def settings(
+    optimizer: Any, apart: Mapping[int, Collection[str]] = MappingProxyType({})
+) -> list[Any]:
+    """What a compiled step bakes in of an optimizer: its state's identity, its plain settings.
+
+    Args:
+        optimizer: an MLX optimizer, or a ``MultiOptimizer``.
+        apart: names of settings that nothing is computed from, by the ``id`` of their optimizer.
+    """
+    found = []
+    for part in optimizers_of(optimizer):
+        others = {"_state", *apart.get(id(part), ())}
+        plain = [told(value) for key, value in vars(part).items() if key not in others]
+        found.append((id(part), id(part.state), plain))
+    return found
+
+
+def told(value: Any) -> Any:
+    """A value to compare with later, of whatever kind. Arrays are not read: they may be traced."""
+    if isinstance(value, (list, tuple)):
+        return [told(part) for part in value]
+    if isinstance(value, dict):
+        return [(key, told(part)) for key, part in value.items()]
+    try:
+        return id(value) if isinstance(value, mx.array) else repr(value)
+    except Exception:  # of an object that holds such arrays
+        return id(value)
 
 
 def described(optimizer: Any) -> dict[str, Any]:

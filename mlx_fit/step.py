@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_fit import gradients as grad
-from mlx_fit._tree import named_arrays, select, snapshot
+from mlx_fit._tree import select, snapshot
 from mlx_fit.baked import BakedIn
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
@@ -27,10 +27,9 @@ from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
 from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
 from mlx_fit.habits import explain, no_variance
 from mlx_fit.logs import FOLD
-from mlx_fit.modes import fingerprint
 from mlx_fit.objective import Objective, Terms
 from mlx_fit.options import StepOptions
-from mlx_fit.rates import RateGuard, optimizers_of, settings
+from mlx_fit.rates import RateGuard, optimizers_of
 from mlx_fit.step_state import StepState
 from mlx_fit.trainable import check_no_new, check_trained, fitted, frozen_keys
 from mlx_fit.updating import SCALE_ENDED, Update
@@ -77,8 +76,8 @@ class TrainStep(StepState):
         self._frozen: list[set[str]] = []  # those of the layers themselves, which change in place
         self._frozen_then: list[set[str]] = []
         self._old_traces = 0
-        self._build()
         self.baked = BakedIn(model, optimizer, self._follow_settings)
+        self._build()
 
     # --- building ---------------------------------------------------------------------------------
 
@@ -87,7 +86,7 @@ class TrainStep(StepState):
         self.objective.start(self.model)
         # First, or the state's arrays appear during the first call and MLX traces twice.
         self.optimizer.init(self.model.trainable_parameters())
-        self._built_for = self._fingerprint()
+        self._built_for = self.baked.everything()
         self._frozen = frozen_keys(self.model)
         self._frozen_then = [{*keys} for keys in self._frozen]
         self._state = [self.model.state, self.optimizer.state, self._scaling, mx.random.state]
@@ -97,12 +96,12 @@ class TrainStep(StepState):
         self._flush = Traced(self._updates.from_window, self._state, self._state, compiles)
         self._rates = RateGuard(self.optimizer)
         self._rate_state = optimizers_of(self.optimizer)[0].state
+        self.baked.note()
 
     def _rebuild(self) -> None:
         self._rates.check()
         self._old_traces = self.num_traces
         self._build()
-        self.baked.note()
 
     def follow_freezes(self) -> None:
         """Build anew if something was frozen or thawed since, by a callback for instance."""
@@ -120,14 +119,8 @@ class TrainStep(StepState):
         if self.baked.has_changed():
             self.wait()
             self.follow_freezes()  # it may be these, which an open window must follow
-            if self._fingerprint() != self._built_for:
+            if self.baked.everything() != self._built_for:
                 self._rebuild()
-
-    def _fingerprint(self) -> list[Any]:
-        # Shapes and dtypes too: a callback that changes them makes MLX trace again, unguarded.
-        arrays = named_arrays([self.model.state, self.optimizer.state])
-        shapes = [(n, a.shape, a.dtype) for n, a in arrays if isinstance(a, mx.array)]
-        return [*fingerprint(self.model), settings(self.optimizer), shapes]
 
     def log_layer_norms(self, is_wanted: bool) -> None:
         """Log the norms of each layer's gradient, or not. Before the first batch."""
@@ -151,7 +144,7 @@ class TrainStep(StepState):
         self._first_window = self.num_windows
         self._settled = None
         self.num_skipped = 0
-        if self._fingerprint() != self._built_for:
+        if self.baked.everything() != self._built_for:
             self._rebuild()
 
     # --- a batch, on the host ---------------------------------------------------------------------
@@ -216,10 +209,7 @@ class TrainStep(StepState):
                 self.options.precision.look_for_promotion(
                     self.model, lambda: self.objective(self.model, batch)
                 )
-            results = self.sums.growing(lambda: self._batch(key, key[2], batch, self._window))
-            if self.options.compile:
-                self.baked.note()  # what a forward pass sets is no change
-            return results
+            return self.sums.growing(lambda: self._trace(key, batch))
         except Exception as error:
             explain(error)
             rank = None if self.exchange is None else self.exchange.rank
@@ -231,6 +221,16 @@ class TrainStep(StepState):
             raise found from error
         finally:
             self._host_batch = None
+
+    def _trace(self, key: Any, batch: Any) -> Any:
+        """A call that MLX traces. What a forward pass sets is no change."""
+        if not self.options.compile:
+            return self._batch(key, key[2], batch, self._window)
+        is_as_built = self.baked.everything() == self._built_for
+        results = self.baked.tracing(lambda: self._batch(key, key[2], batch, self._window))
+        if is_as_built:
+            self._built_for = self.baked.everything()
+        return results
 
     def close_window(self) -> None:
         """Update the weights from the accumulated batches of the window, however many there are."""

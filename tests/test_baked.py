@@ -1,5 +1,7 @@
 """Settings that hooks change between batches: the compiled step follows, as an eager one would."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from toys import Do
 
-from mlx_fit import EarlyStopping, LambdaCallback, TerminateOnNaN, Timer, Trainer
+from mlx_fit import EarlyStopping, LambdaCallback, TerminateOnNaN, Timer, Trainer, baked
 from mlx_fit.baked import MANY, BakedIn
 
 
@@ -221,3 +223,118 @@ def test_a_list_that_changes_counts_for_the_next_evaluation_as_well():
     after = trainer.evaluate(DATA, verbose=0)["loss"]
     assert after == pytest.approx(Trainer(model, None, "mse").evaluate(DATA, verbose=0)["loss"])
     assert after != before
+
+
+class Noting(Net):
+    """A model that notes at each pass what it has seen, in fields of every kind."""
+
+    num_passes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.seen, self._last = 0, [0, 0], {}
+
+    def __call__(self, x):
+        self.counts, self.num_passes = self.counts + 1, self.num_passes + 1
+        self.seen = [len(x), self.counts]
+        self._last["mean"] = x.mean()
+        self.__dict__.setdefault("logged", {})["rows"] = len(x)
+        return super().__call__(x)
+
+
+def num_traces(callbacks, model=None, **options):
+    *_, trainer = trained(callbacks, model, epochs=3, **options)
+    return trainer._train_step.num_traces
+
+
+def test_what_a_forward_pass_notes_with_each_call_costs_no_traces():
+    assert num_traces(None, Noting()) <= 2  # the second because it keeps an array
+    watching = Do("on_train_batch_end", lambda trainer: trainer.model(mx.array(X[:3])))
+    assert num_traces(watching, Noting()) <= 4
+    assert num_traces(watching, Noting(), validation_freq="2 steps") <= 4
+
+
+def test_what_hooks_note_on_the_model_and_the_optimizer_costs_no_traces():
+    def note(trainer):
+        trainer.model.loss = trainer.step / 7
+        trainer.model.losses = [trainer.step / 7]
+        trainer.model.layers[0].table = np.ones(trainer.step)
+        trainer.optimizer.num_calls = trainer.step
+
+    assert num_traces(Do("on_train_batch_end", note)) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_noted_beside_a_setting_does_not_hide_that_it_changes(change):
+    def note(trainer):
+        trainer.model.loss = trainer.model.layers[0].loss = trainer.step / 7
+        trainer.model.layers[2].loss = trainer.optimizer.num_calls = trainer.step
+
+    callbacks = [Do("on_train_batch_end", note), Do("on_train_batch_begin", change, 3)]
+    weights, *_ = trained(callbacks)
+    eager, *_ = trained(callbacks, compile=False)
+    np.testing.assert_allclose(weights, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_setting_that_hides_one_of_its_class_and_one_made_in_time_count():
+    class Scaled(Net):
+        scale = 1.0
+
+        def __call__(self, x):
+            return super().__call__(x) * self.scale * self.gain
+
+    def begin(trainer):
+        trainer.model.gain = 1.0
+
+    def change(trainer):
+        trainer.model.loss = trainer.step / 7
+        if trainer.step >= 2:
+            trainer.model.scale, trainer.model.gain = 2.0, 3.0
+
+    callbacks = [Do("on_train_begin", begin), Do("on_train_batch_end", change)]
+    weights, *_ = trained(callbacks, Scaled())
+    eager, *_ = trained(callbacks, Scaled(), compile=False)
+    np.testing.assert_allclose(weights, eager, rtol=1e-5, atol=1e-6)
+    assert num_traces(callbacks, Scaled()) == 2
+
+
+def test_an_optimizer_may_keep_what_it_computes():
+    class Keeping(optim.SGD):
+        def apply_single(self, gradient, parameter, state):
+            self.norm, self.norms = gradient.square().sum(), [gradient.sum()]
+            return super().apply_single(gradient, parameter, state)
+
+    trainer = Trainer(Net(), Keeping(0.1), "mse", batch_size=4)
+    trainer.fit(DATA, epochs=2, callbacks=Do("on_train_batch_end", lambda _: None), verbose=0)
+    assert trainer._train_step.num_traces == 1
+
+
+def test_what_a_forward_pass_notes_compiles_no_evaluation_and_no_prediction_anew():
+    trainer = Trainer(Noting(), optim.SGD(0.1), "mse", batch_size=8)
+    trainer.fit(DATA, DATA, epochs=4, verbose=0)
+    assert trainer.model.counts <= 5  # traces: each runs the forward pass once
+    before = trainer.model.counts
+    for _ in range(4):
+        trainer.predict(X)
+    assert trainer.model.counts <= before + 2
+
+
+def test_notes_of_one_fit_are_no_settings_of_the_next_nor_of_another_trainer():
+    def note(trainer):
+        trainer.model.loss = trainer.optimizer.loss = trainer.step / 7
+
+    model, optimizer = Net(), optim.AdamW(0.05, [0.9, 0.99])
+    for trainer in [Trainer(model, optimizer, "mse", batch_size=4)] * 2 + [
+        Trainer(model, optimizer, "mse", batch_size=4)
+    ]:
+        trainer.fit(DATA, epochs=2, callbacks=Do("on_train_batch_end", note), verbose=0)
+        assert trainer._train_step.num_traces == 1
+
+
+def test_nothing_is_remembered_of_models_that_are_gone():
+    trained(None)
+    num_objects = len(baked._FIRST)
+    for _ in range(5):
+        gc.collect()
+        trained(Do("on_train_batch_end", set_layer, 2))
+    assert len(baked._FIRST) <= num_objects + 1  # the layer that came late

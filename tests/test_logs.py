@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_fit import Callback, ConfigurationError, Metric, Trainer
-from mlx_fit.logs import Layout, Logs, Sums, divide, nonzero_total, total
+from mlx_fit.logs import Layout, Logs, Sums, divide, nonzero_total, total, total_of
 
 
 def mean(value, weight=1.0):
@@ -256,3 +256,12 @@ def test_kernels_of_other_lanes_and_weights_are_not_mistaken():
 
     for count, lanes in ((33, 1), (3, 7), (12, 1), (2, 6)):
         assert packed(count, lanes) == [0.5, float(count)] * lanes
+
+
+def test_totals_are_of_values_however_they_lie_in_memory():
+    row = mx.arange(6, dtype=mx.float32)
+    vectors = [row[::2], row[3:], row[:3][::-1], mx.broadcast_to(mx.array([2.0]), (3,))]
+    mx.eval(vectors)
+    for count in range(len(vectors) + 1):
+        expected = sum((np.array(vector) for vector in vectors[:count]), np.ones(3))
+        np.testing.assert_array_equal(total_of(np.ones(3), vectors[:count]), expected)
