@@ -6,9 +6,11 @@ import os
 import socket
 import struct
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PATTERN = "events.out.tfevents.*"
 
@@ -18,7 +20,8 @@ class EventFile:
 
     tensorboardX's own writer sends every event through a queue between processes to a thread, and
     ``flush`` does not wait for them. Here an event is in the file, whole, when the call returns:
-    it survives the process, and costs less.
+    it survives the process, and costs less. Where it cannot be written, on a full disk perhaps,
+    a warning says so once, and training goes on without the file.
 
     Args:
         folder: where it goes; made if it is not there.
@@ -34,7 +37,7 @@ class EventFile:
         # TensorBoard reads files in the order of their names, so these go up with time.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now:020d}"
-        self._file = (folder / f"{name}.{os.urandom(4).hex()}").open("ab")
+        self._file: BinaryIO | None = (folder / f"{name}.{os.urandom(4).hex()}").open("ab")
         self._write(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
 
     def add(self, summary: Any, step: int = 0) -> None:
@@ -49,14 +52,26 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # of what could not be written, which was said
+                file.close()
 
     def _write(self, event: Any) -> None:
+        if self._file is None:
+            return
         body = event.SerializeToString()
         length = struct.pack("<Q", len(body))
         first, second = (struct.pack("<I", self._checksum(part)) for part in (length, body))
-        self._file.write(length + first + body + second)
-        self._file.flush()
+        try:
+            self._file.write(length + first + body + second)
+            self._file.flush()
+        except OSError as error:
+            warnings.warn(
+                f"{self._file.name} cannot be written: {error}. Training goes on without it.",
+                stacklevel=4,
+            )
+            self.close()
 
 
 def purge(folder: Path, is_kept: Callable[[str, int], bool]) -> None:

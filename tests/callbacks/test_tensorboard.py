@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import resource
+import signal
 import struct
 import threading
 import time
@@ -163,6 +165,23 @@ def test_what_was_written_outlives_a_process_that_is_killed_at_once(tmp_path):
     between = seen.pop(5)
     assert {"epoch_loss", "perf/step_time_ms"} <= between.keys()
     assert [len(found.get("batch_loss", [])) for found in seen] == list(range(10))
+
+
+def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path):
+    """As root there is no folder that cannot be written: a small limit on files stands in."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    shrink = Do(
+        "on_epoch_begin", lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1])), 1
+    )
+    try:
+        with pytest.warns(UserWarning, match="cannot be written.*Training goes on without it"):
+            history = fit([TensorBoard(tmp_path, update_freq=1, hparams=False), shrink], epochs=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(history.history["loss"]) == 3
+    assert "epoch_loss" in curves(tmp_path / "train")
 
 
 def test_the_values_of_an_epoch_are_one_event_that_tensorboards_own_reader_takes(tmp_path):
