@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,7 @@ from toys import trainer_of
 from mlx_fit import DataError, DataLoader, DeviceConfig, LambdaCallback, MemoryPlan, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError
-from mlx_fit.plan import Growth, sizes_of, smaller_batches
+from mlx_fit.plan import Growth, measure, sizes_of, smaller_batches
 from mlx_fit.probing import Probe
 from mlx_fit.runtime import memory
 
@@ -386,3 +387,15 @@ def test_growth_is_read_between_and_beyond_its_points():
     growth = Growth(((1, 100), (2, 110), (4, 150)), 30.0, 0, 0)
     assert [growth.at(n) for n in (1, 2, 3, 4, 6)] == [100, 110, 130, 150, 210]
     assert [growth.largest(n) for n in (99, 100, 130, 210, 239)] == [0, 1, 3, 6, 6]
+
+
+def test_no_less_is_predicted_than_gradients_alone_need():
+    """Few rows, in bytes a row: 4,219 of a step whose update takes the most, 6,719 of gradients."""
+    probe = SimpleNamespace(
+        largest_bytes=0,
+        window_bytes=0,
+        peak=lambda batch, rows: 2_000_000 + 4219 * rows,
+        gradient_peak=lambda batch, rows: 850_000 + 6719 * rows,
+    )
+    growth = measure(probe, np.zeros((512, 1), np.float32), 10**9)
+    assert growth.at(512) > probe.gradient_peak(None, 512)
