@@ -17,7 +17,7 @@ LIMIT_SECONDS = 30  # of a fit on a busy machine, which takes a fraction of a se
 
 @contextmanager
 def server(status=200, gate=None):
-    """A server that keeps what it is sent: (path, headers, body); it answers once a gate is open."""
+    """A server that keeps what it is sent, (path, headers, body); it waits for an open gate."""
     received = []
 
     class Handler(BaseHTTPRequestHandler):
