@@ -229,7 +229,7 @@ def _growth(points: list[tuple[int, int]], probe: Measured, batch: Any, rows: in
     whole = (peak - peak_before) / (size - before)
     of_gradients = (alone - probe.gradient_peak(batch, before)) / (size - before)
     slope = whole
-    if whole < 0.6 * of_gradients and rows > size:
+    if whole < 0.75 * of_gradients and rows > size:
         least = (alone + of_gradients * (rows - size) - peak) / (rows - size)
         slope = max((whole + of_gradients) / 2, least)
     return Growth(tuple(points), max(slope, per_row), alone, probe.window_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,8 @@ from toys import trainer_of
 from mlx_fit import DataError, DataLoader, DeviceConfig, LambdaCallback, MemoryPlan, Trainer
 from mlx_fit.batch import TextBatch
 from mlx_fit.errors import ConfigurationError
-from mlx_fit.plan import Growth, sizes_of, smaller_batches
+from mlx_fit.plan import Growth, measure, sizes_of, smaller_batches
+from mlx_fit.probing import Probe
 from mlx_fit.runtime import memory
 
 MB = 1e6
@@ -76,8 +78,17 @@ def make(kind="mlp", optimizer="adamw", **options):
     return Trainer(model, OPTIMIZERS[optimizer](), "cross_entropy", **options), batch
 
 
-# What a thread is done with is freed when it gets to it: on a busy machine peaks move, and the
-# comparisons with them have three tries.
+@pytest.fixture
+def highest(monkeypatch):
+    """Makes a plan take the highest of four peaks wherever it takes one.
+
+    MLX allocates on one thread and frees on another, which follows as fast as the machine lets it:
+    the peak of a step is anything up to that of a thread that frees nothing meanwhile. A plan looks
+    at one step, and :func:`measured_peak` at the highest of eight.
+    """
+    for name in ("peak", "gradient_peak"):
+        once = getattr(Probe, name)
+        monkeypatch.setattr(Probe, name, lambda *args, f=once: max(f(*args) for _ in range(4)))
 
 
 def measured_peak(trainer, batch):
@@ -91,6 +102,7 @@ def measured_peak(trainer, batch):
     return max(peaks)
 
 
+@pytest.mark.usefixtures("highest")
 @pytest.mark.filterwarnings("ignore:precision='bfloat16'")
 @pytest.mark.parametrize(
     ("kind", "optimizer", "options"),
@@ -108,14 +120,9 @@ def measured_peak(trainer, batch):
     ids=str,
 )
 def test_the_predicted_peak_is_the_measured_one_within_15_percent(kind, optimizer, options):
-    found = []
-    for _ in range(3):
-        trainer, batch = make(kind, optimizer, **options)
-        peak = trainer.plan(batch).peak_bytes
-        found.append(peak / measured_peak(trainer, batch))
-        if 0.85 < found[-1] < 1.15:
-            break
-    assert 0.85 < found[-1] < 1.15, f"predicted / measured: {found}"
+    trainer, batch = make(kind, optimizer, **options)
+    peak = trainer.plan(batch).peak_bytes
+    assert 0.85 < peak / measured_peak(trainer, batch) < 1.15
 
 
 def state(trainer):
@@ -205,13 +212,11 @@ def test_planning_that_fails_changes_no_bit_either():
     assert_untouched(trainer, before, kept)
 
 
+@pytest.mark.usefixtures("highest")
 def test_the_parts_add_up_and_are_what_the_arrays_take():
-    for _ in range(3):
-        trainer, batch = make("mlp", "sgd")
-        plan = trainer.plan(batch)
-        per_row = plan.parts["activations_per_example"]
-        if 4 * (256 + 512) < per_row < 4 * (256 + 8 * 512):
-            break
+    trainer, batch = make("mlp", "sgd")
+    plan = trainer.plan(batch)
+    per_row = plan.parts["activations_per_example"]
     weights = sum(v.nbytes for _, v in tree_flatten(trainer.model.parameters()))
     assert plan.parts["weights"] == plan.parts["gradients"] == weights
     assert plan.parts["optimizer"] == pytest.approx(weights, abs=100)
@@ -221,31 +226,25 @@ def test_the_parts_add_up_and_are_what_the_arrays_take():
     assert 4 * (256 + 512) < per_row < 4 * (256 + 8 * 512)
 
 
+@pytest.mark.usefixtures("highest")
 def test_half_as_many_rows_have_the_peak_that_was_suggested():
-    found = []
-    for _ in range(3):
-        trainer, (x, y) = make("cnn")
-        [peak] = [
-            s.peak_bytes for s in trainer.plan((x, y)).suggestions if "batch_size=32 " in s.change
-        ]
-        half, _ = make("cnn", gradient_accumulation=2)
-        found.append(peak / measured_peak(half, (x[:32], y[:32])))
-        if 0.85 < found[-1] < 1.15:
-            break
-    assert 0.85 < found[-1] < 1.15, f"predicted / measured: {found}"
+    trainer, (x, y) = make("cnn")
+    [peak] = [
+        s.peak_bytes for s in trainer.plan((x, y)).suggestions if "batch_size=32 " in s.change
+    ]
+    half, _ = make("cnn", gradient_accumulation=2)
+    assert 0.85 < peak / measured_peak(half, (x[:32], y[:32])) < 1.15
 
 
+@pytest.mark.usefixtures("highest")
 def test_blocks_that_are_recomputed_and_half_precision_are_measured():
-    for _ in range(3):
-        trainer, batch = make("transformer")
-        plan = trainer.plan(batch)
-        changes = {s.change: s.peak_bytes for s in plan.suggestions}
-        half = changes.get('precision="mixed_bfloat16"', plan.peak_bytes)
-        other, _ = make("transformer", precision="mixed_bfloat16")
-        ratio = half / measured_peak(other, batch)
-        recomputed = [v for k, v in changes.items() if "checkpoint_layers" in k]
-        if 0.7 < ratio < 1.3 and recomputed:
-            break
+    trainer, batch = make("transformer")
+    plan = trainer.plan(batch)
+    changes = {s.change: s.peak_bytes for s in plan.suggestions}
+    half = changes.get('precision="mixed_bfloat16"', plan.peak_bytes)
+    other, _ = make("transformer", precision="mixed_bfloat16")
+    ratio = half / measured_peak(other, batch)
+    recomputed = [v for k, v in changes.items() if "checkpoint_layers" in k]
     assert 0.7 < ratio < 1.3
     assert recomputed
     assert recomputed[0] < plan.peak_bytes
@@ -253,6 +252,7 @@ def test_blocks_that_are_recomputed_and_half_precision_are_measured():
     assert list(changes.values()) == sorted(changes.values())
 
 
+@pytest.mark.usefixtures("highest")
 def test_the_largest_micro_batch_fits_and_twice_as_many_rows_do_not():
     trainer, (x, y) = make("cnn", device_config=DeviceConfig(memory_limit="8MB"))
     plan = trainer.plan((x, y))
@@ -387,3 +387,15 @@ def test_growth_is_read_between_and_beyond_its_points():
     growth = Growth(((1, 100), (2, 110), (4, 150)), 30.0, 0, 0)
     assert [growth.at(n) for n in (1, 2, 3, 4, 6)] == [100, 110, 130, 150, 210]
     assert [growth.largest(n) for n in (99, 100, 130, 210, 239)] == [0, 1, 3, 6, 6]
+
+
+def test_no_less_is_predicted_than_gradients_alone_need():
+    """Few rows, in bytes a row: 4,219 of a step whose update takes the most, 6,719 of gradients."""
+    probe = SimpleNamespace(
+        largest_bytes=0,
+        window_bytes=0,
+        peak=lambda batch, rows: 2_000_000 + 4219 * rows,
+        gradient_peak=lambda batch, rows: 850_000 + 6719 * rows,
+    )
+    growth = measure(probe, np.zeros((512, 1), np.float32), 10**9)
+    assert growth.at(512) > probe.gradient_peak(None, 512)

@@ -46,15 +46,15 @@ def test_memory_is_mlxs():
 def test_data_wait_is_the_loaders_and_evaluations_are_none_of_it():
     fast = history_of(ramp(5))["data_wait_ms"][0]
     waited = history_of(lambda: slow(ramp(5), 0.02))["data_wait_ms"][0]
-    assert fast < 10
-    assert 19 < waited < 80
+    assert fast < waited
+    assert waited > 19
     validated = history_of(
         lambda: slow(ramp(5), 0.02),
-        Do("on_test_begin", lambda _: time.sleep(0.1)),
+        Do("on_test_begin", lambda _: time.sleep(0.5)),
         val=ramp(1),
         validation_freq="1 steps",
     )
-    assert 19 < validated["data_wait_ms"][0] < 90
+    assert 19 < validated["data_wait_ms"][0] < 350
 
 
 def test_the_cpu_is_busy_when_it_works_and_idle_when_it_sleeps():
@@ -76,7 +76,9 @@ def test_the_gpu_is_sampled_where_it_can_be(monkeypatch):
     monitor = DeviceMonitor(0.01)
     monitor.on_train_begin({})
     assert threading.active_count() == before + 1
-    time.sleep(0.1)
+    end = time.monotonic() + 60
+    while not monitor._samples and time.monotonic() < end:
+        time.sleep(0.01)
     monitor.on_train_end({})
     assert set(monitor._samples) == {60.0}
     assert threading.active_count() == before

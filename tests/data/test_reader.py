@@ -141,13 +141,13 @@ def test_an_error_in_the_thread_comes_in_its_turn():
 def test_a_hanging_read_is_named_after_the_timeout():
     release = threading.Event()
     data = Slow(40, 0, make=lambda index: release.wait() if index == 37 else index)
-    iterator = iter(DataLoader(data, 4, timeout=0.3))
+    iterator = iter(DataLoader(data, 4, timeout=1.5))
     for _ in range(9):
         next(iterator)
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"0.3 s .*\[36, 37, 38, 39\]") as caught:
+    with pytest.raises(WorkerError, match=r"1.5 s .*\[36, 37, 38, 39\]") as caught:
         next(iterator)
-    assert 0.2 < time.monotonic() - start < 2
+    assert 1 < time.monotonic() - start < 30
     assert caught.value.indices == [36, 37, 38, 39]
     release.set()
     for thread in threading.enumerate():

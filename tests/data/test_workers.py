@@ -43,7 +43,7 @@ def nothing_left():
     before = left_overs()
     yield
     # Threads of earlier tests may still end, and other programs use the shared memory, too.
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 30
     while not (is_over := all(n <= m for n, m in zip(left_overs(), before, strict=True))):
         if time.monotonic() > deadline:
             break
@@ -246,14 +246,14 @@ def test_a_worker_that_exits_is_an_error():
 
 
 def test_a_stuck_worker_is_named_after_the_timeout(nothing_left):
-    loader = DataLoader(Rows(sets.hangs), 4, num_workers=2, timeout=1.5)
+    loader = DataLoader(Rows(sets.hangs), 4, num_workers=2, timeout=4)
     iterator = iter(loader)
     for _ in range(9):
         next(iterator)
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"gave no batch for 1.5 s .*\[36, 37, 38, 39\]"):
+    with pytest.raises(WorkerError, match=r"gave no batch for 4 s .*\[36, 37, 38, 39\]"):
         next(iterator)
-    assert 1 < time.monotonic() - start < 5
+    assert 3 < time.monotonic() - start < 40
 
 
 @pytest.mark.parametrize("options", [{}, {"collate_fn": sets.mlx_batch}])

@@ -14,6 +14,7 @@ import mlx_fit
 from mlx_fit import (
     Callback,
     CSVLogger,
+    DataLoader,
     DeviceMonitor,
     EarlyStopping,
     GradientMonitor,
@@ -52,6 +53,11 @@ class Profile(Callback):
             self._counter[f"{code.co_filename.removeprefix(ROOT)}:{code.co_name}"] += 1
 
 
+def batches_of(arrays, batch_size):
+    """Batches that nothing reads ahead: whether that pays is told by time, and it is a call."""
+    return DataLoader(arrays, batch_size, prefetch_factor=0)
+
+
 def calls_of_a_steady_batch(tmp_path, **options):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 4)).astype(np.float32), rng.integers(0, 3, 400)
@@ -60,12 +66,12 @@ def calls_of_a_steady_batch(tmp_path, **options):
         optim.Adam(0.01),
         "cross_entropy",
         ["accuracy", "precision"],
-        batch_size=10,
         **options,
     )
     profile = Profile(range(31, 38))
+    data = batches_of((x, y), 10)
     try:
-        trainer.fit((x, y), epochs=1, callbacks=[profile, TensorBoard(tmp_path)], verbose=1)
+        trainer.fit(data, epochs=1, callbacks=[profile, TensorBoard(tmp_path)], verbose=1)
     finally:
         sys.setprofile(None)
     assert len(profile.calls) == 7
@@ -99,9 +105,9 @@ def test_watchers_that_only_look_add_no_calls(tmp_path, capsys):
     for callbacks in ([], watchers):
         profile = Profile(range(31, 38))
         x, y = np.zeros((400, 4), np.float32), np.zeros(400, np.int32)
-        trainer = Trainer(nn.Linear(4, 3), optim.Adam(0.01), "cross_entropy", batch_size=10)
+        trainer = Trainer(nn.Linear(4, 3), optim.Adam(0.01), "cross_entropy")
         try:
-            trainer.fit((x, y), callbacks=[profile, *callbacks], verbose=0)
+            trainer.fit(batches_of((x, y), 10), callbacks=[profile, *callbacks], verbose=0)
         finally:
             sys.setprofile(None)
         counts.append(min(calls.total() for calls in profile.calls))
@@ -131,10 +137,10 @@ def python_calls(depth, batches, num_rows):
     """Calls of all Python functions, whoever wrote them, in each of some batches."""
     profile = Profile(batches)
     profile._note = lambda frame, event, _: profile._counter.update([event])
-    trainer = Trainer(Deep(depth), optim.AdamW(0.01), "cross_entropy", batch_size=1)
+    trainer = Trainer(Deep(depth), optim.AdamW(0.01), "cross_entropy")
     rows = np.zeros((num_rows, 2), np.float32), np.zeros(num_rows, np.int32)
     try:
-        trainer.fit(rows, callbacks=[profile], verbose=0)
+        trainer.fit(batches_of(rows, 1), callbacks=[profile], verbose=0)
     finally:
         sys.setprofile(None)
     return min(calls["call"] for calls in profile.calls)
