@@ -18,6 +18,9 @@ from mlx_fit.runtime.memory import active_bytes, measured_peak
 from mlx_fit.step import MAX_IN_FLIGHT, TrainStep
 
 NewStep = Callable[[Any], TrainStep]
+# MLX allocates on one thread and frees on another, so that equal steps have other peaks: as many
+# are measured. Elsewhere than on a CPU they are also what is in flight at a time.
+STEADY = MAX_IN_FLIGHT + 1
 
 
 def bytes_of(tree: Any) -> int:
@@ -80,10 +83,9 @@ class Probe:
             copied = self._copy_state()
             step.note_replaced_state()
             step.start_epoch()
-            # While MLX traces the first, its work is done and freed in between: the second tells.
-            num_steps = 2 if step.waits_at_once else MAX_IN_FLIGHT + 2
+            # While MLX traces the first, its work is done and freed in between: others tell.
             with measured_peak() as peak:
-                for _ in range(self._num_batches * num_steps):
+                for _ in range(self._num_batches * (1 + STEADY)):
                     step(rows)
                     step.settle()
                 step.drain()
@@ -96,9 +98,10 @@ class Probe:
         rows, step = rows_between(batch, 0, num_rows), self._step
         step.objective.host_weight(rows)
         with _put_back(self._parts), measured_peak() as peak:
-            results = step.only_gradients(to_mlx(rows))
-            mx.eval(results, self._parts)  # host synchronisation: it is measured
-            del results
+            for _ in range(STEADY):
+                results = step.only_gradients(to_mlx(rows))
+                mx.eval(results, self._parts)  # host synchronisation: it is measured
+                del results
         return peak.num_bytes
 
     def _copy_state(self) -> int:
@@ -170,7 +173,8 @@ class PassProbe:
             rows = rows_between(batch, 0, num_rows)
             self._compute(rows)  # while MLX traces, work is done and freed in between
             with measured_peak() as peak:
-                self._compute(rows)
+                for _ in range(STEADY):
+                    self._compute(rows)
             self._peaks[num_rows] = peak.num_bytes
         return self._peaks[num_rows]
 

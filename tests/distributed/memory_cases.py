@@ -159,7 +159,7 @@ def wide():
 def split_foreseen(folder):
     """A memory limit on rank 1 alone."""
     model = wide()
-    limit = mx.get_active_memory() + 5_000_000
+    limit = mx.get_active_memory() + 3_000_000
     config = DeviceConfig(memory_limit=limit) if RANK == 1 else None
     trainer = trainer_of(
         model, optim.AdamW(0.01), batch_size=4096, on_oom="split", device_config=config
