@@ -33,9 +33,10 @@ def linear_weights(model: nn.Module) -> set[str]:
 
 
 def _sum_of_squares(gradient: mx.array, is_transposed: bool) -> mx.array:
-    """Flattened first: the order of a sum, and its bits, must not depend on where the values lie.
+    """In one order wherever the values lie in memory, which :func:`long_sum` sees to.
 
-    An optimizer's own squares would also be shared, and its kernel be cut in two.
+    Flattened before they are squared: an optimizer's own squares would be shared, and its kernel be
+    cut in two.
     """
     ordered = gradient.T if is_transposed else gradient  # or flattening were a copy, and slow
     return long_sum(ordered.astype(mx.float32).reshape(-1).square())

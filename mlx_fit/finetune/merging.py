@@ -138,7 +138,6 @@ def fuse(
             for name in names:
                 replace(model, name, _requantized(dict(ordered_modules(model))[name], layers[name]))
             after = _outputs(model, inputs)
-    refusal = None
     if limit is not None:
         refusal = _too_far(before, after, limit)
     elif vanished is not None:

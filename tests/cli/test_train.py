@@ -418,19 +418,21 @@ def test_values_are_tomls_or_texts(place, capsys):
     assert (place / "a b").is_dir()
 
 
+def announcing(place):
+    """A configuration with a list of one callback."""
+    callbacks = 'callbacks = [{ use = "mine_code.py:Announce", word = "a" }]\n'
+    (place / "own.toml").write_text(callbacks + BASE)
+
+
 def test_a_place_in_a_list_can_be_set(place, capsys):
-    (place / "own.toml").write_text(
-        'callbacks = [{ use = "mine_code.py:Announce", word = "a" }]\n' + BASE
-    )
+    announcing(place)
     assert train("callbacks.0.word=b", config="own.toml") == 0
     assert "<b 0>" in capsys.readouterr().out
     assert train("callbacks.1.word=b", config="own.toml") == 2
 
 
 def test_a_key_without_a_value_is_left_out(place, capsys):
-    (place / "own.toml").write_text(
-        'callbacks = [{ use = "mine_code.py:Announce", word = "a" }]\n' + BASE
-    )
+    announcing(place)
     assert train("callbacks.0.word=", config="own.toml") == 0
     assert "<epoch 0>" in capsys.readouterr().out
     assert train("callbacks.0=", config="own.toml") == 0
