@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from time import perf_counter
@@ -91,6 +92,8 @@ class Fit:
             if typed is error:
                 raise
             raise typed from error
+        finally:
+            self._at.recorder.close()
 
     def _run_epochs(self) -> History:
         run, callbacks = self._run, self._callbacks
@@ -109,7 +112,7 @@ class Fit:
             self._step.exchange.finish(run.model)
         self._at.save_end()
         if self._at.phase == BATCHES:
-            self._at.recorder.record(run.epoch)  # what a signal has cut off
+            self._at.recorder.note(run.epoch)  # what a signal has cut off
         self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
         self._ending.agree()
@@ -158,7 +161,8 @@ class Fit:
                 return {}
             if at.is_cut:
                 at.save()  # more steps can go on from here as if nothing had ended the epoch
-            at.recorder.record(epoch)
+            at.recorder.note(epoch)
+            at.recorder.write()
             join_rows(run.communicator, step.sums)
             at.logs = self._training_logs() | self._update_logs()
             if run.communicator.size > 1:
@@ -245,18 +249,31 @@ class Fit:
         if not step.window_open and (
             step.num_windows >= self._at.next_event or perf_counter() >= ending.save_at
         ):
-            with self._run.pace.paused():
-                self._event()
+            self._event()
         return ending.is_now(step.window_open)
 
     def _event(self) -> None:
-        """Record, validate or end, whatever falls on this step."""
-        schedule, done = self._schedule, self._step.num_windows
+        """Record, validate or end, whatever falls on this step.
+
+        Only what looks at this step waits for it. A row of the history does not, and losses are
+        those of the steps before.
+        """
+        done = self._step.num_windows
+        if done % self._schedule.log_every == 0:
+            self._at.recorder.note(self._run.epoch)
+            self._memory.look()
+        if done >= self._at.next_stop or perf_counter() >= self._ending.save_at:
+            with self._run.pace.paused():
+                self._stop_over(done)
+        else:
+            self._check_loss()
+            self._plan_next_event()
+
+    def _stop_over(self, done: int) -> None:
+        """Validate, save or end, once the step is finished."""
+        schedule = self._schedule
         self._step.wait()
         self._check_loss()
-        if done % schedule.log_every == 0:
-            self._at.recorder.record(self._run.epoch)
-            self._memory.look()
         every = schedule.validates_every
         if every and self._validation and done % every == 0:
             if not self._ending.signal:
@@ -283,26 +300,28 @@ class Fit:
 
     def _plan_next_event(self) -> None:
         schedule, done = self._schedule, self._step.num_windows
-        marks = [(done // schedule.log_every + 1) * schedule.log_every]
+        marks: list[float] = [math.inf]
         if schedule.validates_every and self._validation:
             marks.append((done // schedule.validates_every + 1) * schedule.validates_every)
         if schedule.max_steps is not None and schedule.max_steps > done:
             marks.append(schedule.max_steps)
-        if self._run.quiet_on_nonfinite:
+        if self._run.quiet_on_nonfinite or schedule.log_every == 1:  # a bad loss ends it at once
             marks.append(done + 1)
         if self._saver is not None and (mark := self._saver.next_step(done)) is not None:
             marks.append(mark)
-        self._at.next_event = min(marks)
+        self._at.next_stop = min(marks)
+        next_row = (done // schedule.log_every + 1) * schedule.log_every
+        self._at.next_event = min(next_row, self._at.next_stop)
 
     def _check_loss(self) -> None:
         """Raise for a non-finite loss that the step has noted since."""
-        settled = self._step.settled
-        if settled is None or settled.bad_window == 0:
+        bad = self._step.first_bad
+        if bad is None:
             return
         if self._run.quiet_on_nonfinite:
             self._ending.decide("TerminateOnNaN")
             return
-        raise self._step.bad_loss(self._at.first_step + settled.bad_window, self._run.epoch)
+        raise self._step.bad_loss(self._at.first_step + bad[0], self._run.epoch)
 
     def _raise_if_terminated(self) -> None:
         if self._ending.signal == "SIGTERM":
@@ -333,7 +352,7 @@ class Fit:
         is_event_due = at.next_event == 0
         self._plan_next_event()
         if is_event_due:
-            at.next_event = 0
+            at.next_event = at.next_stop = 0
         if max_steps is not None and self._step.num_windows >= max_steps:
             self._ending.decide(MAX_STEPS)
 

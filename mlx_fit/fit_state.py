@@ -54,6 +54,7 @@ class FitState:
         validated: values of the newest validation of this epoch.
         validated_at: the window after which that was.
         next_event: the window after which something is due.
+        next_stop: the window after which something is due that waits for its step.
         first_step: steps that the trainer had taken before this fit.
         recorder: writes the rows of ``history.steps``.
     """
@@ -84,6 +85,7 @@ class FitState:
         self.validated: dict[str, Any] = {}
         self.validated_at = -1
         self.next_event: float = 0
+        self.next_stop: float = 0
         ending.set_clock(math.inf if saver is None else saver.due_at)
         self.first_step = run.step - step.num_windows
         self.recorder = StepRecorder(history, step, self.first_step)

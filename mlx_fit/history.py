@@ -20,8 +20,6 @@ class History:
         epoch: the epochs that ran, 0-based.
         params: ``{"verbose", "epochs", "steps"}``, as Keras has them.
         evaluations: every evaluation during the fit, ``{"step", "epoch", "val_loss", ...}``.
-        steps: rows every ``log_every`` steps, ``{"step", "epoch", "loss", ...}``, each the mean
-            over the steps since the row before.
         stopped_by: why training ended early (``"SIGINT"``, a callback's name, ...), or None.
     """
 
@@ -30,8 +28,9 @@ class History:
         self.epoch: list[int] = []
         self.params = params
         self.evaluations: list[dict[str, Any]] = []
-        self.steps: list[dict[str, Any]] = []
         self.stopped_by: str | None = None
+        self.catch_up: Callable[[], None] | None = None  # while a fit writes rows of steps late
+        self._steps: list[dict[str, Any]] = []
         self._direction = direction
         self._rows: list[dict[str, Any]] = []
 
@@ -41,6 +40,17 @@ class History:
         self._rows.append({"epoch": epoch, **logs})
         for key, value in logs.items():
             self.history.setdefault(key, []).append(value)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Rows every ``log_every`` steps, ``{"step", "epoch", "loss", ...}``.
+
+        Each is the mean over the steps since the row before. Inside a fit this waits for the step
+        of the newest row.
+        """
+        if self.catch_up is not None:
+            self.catch_up()
+        return self._steps
 
     def state_dict(self) -> dict[str, Any]:
         """The curves as plain values, for a checkpoint."""
@@ -56,7 +66,7 @@ class History:
         self.history, self.epoch, self._rows = {}, [], []
         for row in _rows(state["rows"]):
             self.append(row.pop("epoch"), row)
-        self.evaluations, self.steps = _rows(state["evaluations"]), _rows(state["steps"])
+        self.evaluations, self._steps = _rows(state["evaluations"]), _rows(state["steps"])
         self.stopped_by = state["stopped_by"]
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -289,7 +288,7 @@ class Sums:
             the logs of its batches, and count only when the sums of all ranks take their place.
         rows: rows of metrics that need every one.
         watched: the key whose sums must be finite, or None.
-        first_bad: tag and value of the first vector in which they were not, or None.
+        kept: the totals at the places that :meth:`keep` has marked and a fold has passed.
     """
 
     def __init__(self) -> None:
@@ -307,7 +306,10 @@ class Sums:
         self.tags: list[int] = []
         self.open: list[mx.array] = []
         self.num_folded = 0
-        self.first_bad: tuple[int, float] | None = None
+        self.kept: list[np.ndarray] = []
+        self._marks: list[int] = []
+        self._num_checked = 0
+        self._first_bad: tuple[int, float] | None = None
         self.batch: mx.array | None = None
         self.rows = Rows()
         self._kept = {}
@@ -327,27 +329,45 @@ class Sums:
 
         Host synchronisation with the step that made the last of them.
         """
-        count = (self.num_added if upto is None else upto) - self.num_folded
+        end = self.num_added if upto is None else upto
+        self.first_bad(end)
+        while self._marks and self._marks[0] <= end:
+            self._add_up(self._marks.pop(0))
+            self.kept.append(self.totals)
+        self._add_up(end)
+        return self.totals
+
+    def _add_up(self, upto: int) -> None:
+        count = upto - self.num_folded
         if count > 0:
-            vectors, tags = self.pending[:count], self.tags[:count]
+            vectors = self.pending[:count]
             del self.pending[:count], self.tags[:count]
             self.num_folded += count
             self.totals = total_of(self.totals, vectors)
-            if self.first_bad is None and self.watched is not None:
-                self._look(vectors, tags)
-        return self.totals
 
-    def _look(self, vectors: Sequence[mx.array], tags: Sequence[int]) -> None:
-        """Find the first vector with a bad loss; only where the totals say that there is one."""
-        assert self.watched is not None
+    def keep(self) -> None:
+        """Have the totals of now kept, however late they are added up."""
+        self._marks.append(self.num_added)
+
+    def first_bad(self, upto: int) -> tuple[int, float] | None:
+        """Tag and value of the first vector, up to number ``upto``, that is not finite, or None.
+
+        Host synchronisation with the step that made the last of them. Nothing is added up for it:
+        between steps NumPy finds its code out of the cache, and a few numbers are read sooner.
+        """
+        start, count = self._num_checked, upto - self._num_checked
+        if self.watched is None or self._first_bad is not None or count <= 0:
+            return self._first_bad
         lanes = self.layout.lanes(self.watched)
-        if not all(map(math.isfinite, self.totals[lanes].tolist())):
-            for vector, tag in zip(vectors, tags, strict=True):
-                found = np.array(vector, np.float64)
-                if not np.isfinite(found[lanes]).all():
-                    loss = self.layout.value(self.watched, found)
-                    self.first_bad = tag, math.nan if loss is None else loss
-                    return
+        vectors: Any = self.pending[start - self.num_folded :][:count]
+        for number, vector in enumerate(vectors, start - self.num_folded):
+            numbers = memoryview(vector)
+            if not all(math.isfinite(numbers[lane]) for lane in lanes):
+                loss = self.layout.value(self.watched, np.array(vector, np.float64))
+                self._first_bad = self.tags[number], math.nan if loss is None else loss
+                break
+        self._num_checked = upto
+        return self._first_bad
 
     def mark(self) -> tuple[int, int, int]:
         """Where it is now, for :meth:`back_to`."""
@@ -462,23 +482,6 @@ def _lanes(capacity: int) -> mx.array:
     lanes = mx.arange(FIRST_LANE, FIRST_LANE + capacity)
     mx.eval(lanes)  # a lazy array could be used by this thread only
     return lanes
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What a finished step knew.
-
-    Attributes:
-        sums: the packed sums of the epoch, float64.
-        num_windows: windows closed by then, over the whole fit.
-        bad_window: the first of them (1-based) with a non-finite loss, 0 if there was none.
-        bad_loss: its loss.
-    """
-
-    sums: np.ndarray
-    num_windows: int
-    bad_window: int
-    bad_loss: float
 
 
 class Logs(MutableMapping[str, Any]):

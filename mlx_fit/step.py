@@ -151,7 +151,8 @@ class TrainStep(StepState):
 
     def __call__(self, batch: Any) -> None:
         """Take one batch: its gradients and, if it is the last of its window, the update."""
-        self.wait()
+        if self.exchange is not None:
+            self.wait()  # before anything is told to the others
         if self._frozen != self._frozen_then:
             self.follow_freezes()
         weight = 0.0 if batch is None else self.objective.host_weight(batch)
@@ -196,6 +197,7 @@ class TrainStep(StepState):
 
     def _first_call(self, key: Any, host_batch: Any, batch: Any) -> Any:
         """Meet a batch of a new shape: MLX traces, and bugs in user code show."""
+        self.wait()
         self._host_batch = host_batch
         self.objective.prepare(self.model, host_batch)
         warn_of_many_shapes(self._shapes, key[0], batch)
@@ -270,31 +272,37 @@ class TrainStep(StepState):
     def settle(self) -> None:
         """Start to evaluate what this step changed.
 
-        On the CPU the next step waits for it, elsewhere the one after the next.
+        On the CPU once the step before is finished: while that is computed the next batch is
+        fetched and made a graph. Elsewhere once the step before that one is.
         """
         sums = self.sums
         if self._rates.is_needed:
             self._rates.note()
         self.learning_rate = self._rate_state.get("learning_rate")
         live = self._state, self._window, sums.pending[-2:], sums.open, sums.rows.newest
-        if not self._is_async:
-            self._awaited = [*live]
-            if self._overlaps:
-                try:
-                    mx.async_eval(*live)
-                except RuntimeError as error:
-                    evaluate_again(error, *live)
+        num_added = sums.num_folded + len(sums.pending)
+        if self._overlaps:
+            self.wait()
+            self.is_whole = False
+        try:
+            if self._overlaps or self._is_async:
+                mx.async_eval(*live)
             else:
-                self.wait()
+                mx.eval(*live)  # host synchronisation
+        except RuntimeError as error:
+            evaluate_again(error, *live)
+        if self._overlaps:
+            self._awaited = num_added
+        elif not self._is_async:
+            self._settled = num_added
         else:
-            mx.async_eval(*live)
-            self._in_flight.append((sums.num_added, self.num_windows))
+            self._in_flight.append(num_added)
             if len(self._in_flight) > MAX_IN_FLIGHT:
                 self._settled = self._in_flight.popleft()
                 # Host synchronisation with the step before the last.
-                mx.eval(sums.pending[: self._settled[0] - sums.num_folded])
+                mx.eval(sums.pending[: self._settled - sums.num_folded])
         if len(sums.pending) > FOLD and self._settled is not None:
-            sums.fold(self._settled[0])
+            sums.fold(self._settled)
         self.is_whole = True
 
     def note_replaced_state(self) -> None:
@@ -313,7 +321,7 @@ class TrainStep(StepState):
 
     def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
         """The error for a step with a non-finite loss, or with a loss scale that ran out."""
-        loss = math.nan if self.settled is None else self.settled.bad_loss
+        _, loss = self.first_bad or (0, math.nan)
         return non_finite_loss(number, epoch, loss, scales_loss=bool(self._scaling))
 
     # --- a batch, on the device: what is compiled -------------------------------------------------

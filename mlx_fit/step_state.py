@@ -6,7 +6,6 @@ Imports layer 2: communicator, compiled, options.
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import numpy as np
 from mlx_fit._tree import named_arrays, snapshot
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import evaluate_again
-from mlx_fit.logs import Settled, Sums
+from mlx_fit.logs import Sums
 from mlx_fit.options import StepOptions
 from mlx_fit.trainable import load_window
 
@@ -69,10 +68,10 @@ class StepState(ABC):
         self._has_begun = exchange is None  # whether the other ranks know of this window
         self._loaded_weight = 0.0  # of all ranks, in a window that a checkpoint held
         self._gradients_of_batch: list[Any] = []  # kept apart where they may have to be redone
-        # Steps that were dispatched, and the newest that is finished: vectors and windows by then.
-        self._in_flight: deque[tuple[int, int]] = deque()
-        self._settled: tuple[int, int] | None = None
-        self._awaited: list[Any] = []  # what the newest step changed, where the next waits for it
+        # Vectors by the steps that were dispatched, and by the newest that is finished.
+        self._in_flight: deque[int] = deque()
+        self._settled: int | None = None
+        self._awaited: int | None = None  # on the CPU: by the one that was dispatched
         is_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._is_async = not is_cpu and exchange is None
         # On the CPU the next batch is fetched meanwhile, but no second step begins: it would be no
@@ -88,15 +87,14 @@ class StepState(ABC):
         """Start to evaluate what this step changed, and wait for what should be done by now."""
 
     def wait(self) -> None:
-        """On the CPU: wait for the newest step, of which the device may still compute the rest."""
-        if self._awaited:
+        """On the CPU: wait for the newest step, of which the device may still compute the rest.
+
+        It cannot be done by evaluating the state: the next step may stand there by now, lazily.
+        """
+        if self._awaited is not None:
             self.is_whole = False
-            try:
-                mx.eval(*self._awaited)  # host synchronisation, the one of a step
-            except RuntimeError as error:
-                evaluate_again(error, *self._awaited)
-            self._awaited = []
-            self._settled = self.sums.num_folded + len(self.sums.pending), self.num_windows
+            mx.synchronize()  # host synchronisation, the one of a step
+            self._settled, self._awaited = self._awaited, None
             self.is_whole = True
 
     @property
@@ -107,25 +105,22 @@ class StepState(ABC):
     @property
     def is_under_way(self) -> bool:
         """Whether the device may still compute a step, and fail."""
-        return bool(self._awaited or self._in_flight)
+        return self._awaited is not None or bool(self._in_flight)
 
     def drain(self) -> None:
         """Wait for every step that is in flight."""
         self.wait()
         self._in_flight.clear()
-        self._settled = self.sums.num_added, self.num_windows
+        self._settled = self.sums.num_added
         self.sums.fold()  # host synchronisation, once an epoch
 
     @property
-    def settled(self) -> Settled | None:
-        """The newest step of this epoch that the device has finished, None before the first.
+    def first_bad(self) -> tuple[int, float] | None:
+        """Window (1-based) and value of the first loss that was not finite, or None.
 
-        Copies from the device, but waits for nothing.
+        Of this epoch's steps that the device has finished; it waits for none.
         """
-        if self._settled is None:
-            return None
-        totals = self.sums.fold(self._settled[0])
-        return Settled(totals, self._settled[1], *(self.sums.first_bad or (0, math.nan)))
+        return None if self._settled is None else self.sums.first_bad(self._settled)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -182,7 +177,7 @@ class StepState(ABC):
         if window and is_first:
             self._window = [snapshot(self.model.trainable_parameters()), *[mx.array(0.0)] * 2]
             load_window(self._window, window)
-        self._settled = self.sums.num_added, self.num_windows
+        self._settled = self.sums.num_added
         if self._num_in_window >= self.options.gradient_accumulation:  # it was more when saved
             self.close_window()
             self.settle()

@@ -288,7 +288,7 @@ class Trainer(Stateful):
             taking(batch)
             taking.settle()
             step.drain()
-            if step.settled and step.settled.bad_window:
+            if step.first_bad is not None:
                 raise step.bad_loss(self.step, self.epoch)
             logs = {key: plain(value) for key, value in Logs(step.sums).items()}
             # A rank that had no rows does not know what they add up to.

@@ -98,8 +98,9 @@ def test_the_first_bad_loss_is_found_whenever_one_looks():
             feed(sums, sums.place({"loss": mean(loss, 2.0)}), tag=number + 1)
             if number in looks:
                 sums.fold()
+        assert sums.first_bad(4) == (3, math.inf)
         sums.fold()
-        assert sums.first_bad == (3, math.inf)
+        assert sums.first_bad(4) == (3, math.inf)
 
 
 def test_a_sum_that_is_not_finite_stays_so():

@@ -58,14 +58,14 @@ def fail_at_dispatch(text, monkeypatch):
 
 
 def failing_eval(monkeypatch, text, number, times=1):
-    """``mx.eval`` raises where that step is waited for, as a failed allocation in it would."""
+    """The wait for that step raises, as a failed allocation in it would."""
     evaluate, wait, calls = mx.eval, mlx_fit.step.TrainStep.wait, []
 
     def waiting(self):
-        calls.extend([1] if self._awaited else [])
+        calls.extend([] if self._awaited is None else [1])
         if number <= len(calls) < number + times:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(mx, "eval", raising(RuntimeError(text)))
+                patch.setattr(mx, "synchronize", raising(RuntimeError(text)))
                 wait(self)
         else:
             wait(self)
@@ -84,7 +84,7 @@ def fail_late(text, monkeypatch):
     settle, calls = mlx_fit.step.TrainStep.settle, []
 
     def asynchronously(self):
-        self._is_async = True
+        self._is_async, self._overlaps = True, False
         calls.append(1)
         if len(calls) == 4:
             with pytest.MonkeyPatch.context() as patch:

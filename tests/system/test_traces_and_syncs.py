@@ -124,7 +124,8 @@ def test_32_shapes_are_not_warned_of():
 
 # --- waits ----------------------------------------------------------------------------------------
 
-ONE_WAIT = [{"async_eval": 1, "eval": 1}] * 7  # a step is started, and the one before waited for
+ONE_WAIT = [{"async_eval": 1, "synchronize": 1}] * 7  # a step is started after the one before
+ONE_WAIT_LATER = [{"async_eval": 1, "eval": 1}] * 7
 
 
 class Waits:
@@ -173,7 +174,7 @@ def in_async_mode(patch):
     settle = mlx_fit.step.TrainStep.settle
 
     def asynchronously(self):
-        self._is_async = True
+        self._is_async, self._overlaps = True, False
         settle(self)
 
     return asynchronously
@@ -208,8 +209,10 @@ def test_the_counter_sees_a_callback_that_looks(monkeypatch):
     assert all(sum(w.values()) > 1 for w in steady_waits(monkeypatch, make(), [Look()]))
 
 
-def test_on_the_cpu_a_batch_is_fetched_during_the_step_before_and_no_two_steps_overlap(monkeypatch):
-    fetching, beginning = [], []
+def test_on_the_cpu_a_batch_is_prepared_during_the_step_before_and_no_two_steps_overlap(
+    monkeypatch,
+):
+    fetching, converting, beginning = [], [], []
     trainer = make()
 
     def data():
@@ -218,21 +221,63 @@ def test_on_the_cpu_a_batch_is_fetched_during_the_step_before_and_no_two_steps_o
                 fetching.append(trainer._train_step.is_under_way)
             yield batch
 
-    to_mlx = mlx_fit.step.to_mlx
+    def watched(module, name, seen):
+        function = getattr(module, name)
 
-    def watched(batch):
-        beginning.append(trainer._train_step.is_under_way)
-        return to_mlx(batch)
+        def call(*args):
+            seen.append(trainer._train_step.is_under_way)
+            return function(*args)
 
-    monkeypatch.setattr(mlx_fit.step, "to_mlx", watched)
+        monkeypatch.setattr(module, name, call)
+
+    watched(mlx_fit.step, "to_mlx", converting)
+    watched(mx, "async_eval", beginning)
     trainer.fit(data(), verbose=0)
-    assert fetching[1:] == [True] * 5
+    assert fetching[1:] == converting[1:] == [True] * 5
     assert beginning == [False] * 6
+
+
+def test_a_step_that_is_made_a_graph_early_holds_no_second_copy_of_the_state():
+    """Its arrays are reused, as by hand: nothing but the graph waits for them."""
+
+    class Peak(Callback):
+        def on_epoch_begin(self, epoch, logs):
+            mx.reset_peak_memory()
+            self.before = mx.get_active_memory()
+
+        def on_epoch_end(self, epoch, logs):
+            self.taken = mx.get_peak_memory() - self.before
+
+    def by_hand(model, optimizer):
+        optimizer.init(model.trainable_parameters())
+        state = [model.state, optimizer.state]
+
+        def loss_of(model, x, y):
+            return (model(x) - y).square().mean()
+
+        def update(x, y):
+            loss, gradients = nn.value_and_grad(model, loss_of)(model, x, y)
+            optimizer.update(model, gradients)
+            return loss
+
+        step = mx.compile(update, inputs=state, outputs=state)
+        for _ in range(2):
+            peak.on_epoch_begin(0, {})
+            for x, y in data:
+                mx.eval(state, step(mx.array(x), mx.array(y)))
+            peak.on_epoch_end(0, {})
+
+    peak, data = Peak(), [(np.zeros((8, 512), np.float32), np.zeros((8, 512), np.float32))] * 30
+    by_hand(nn.Linear(512, 512), optim.AdamW(0.01))
+    alone = peak.taken
+    trainer = Trainer(nn.Linear(512, 512), optim.AdamW(0.01), "mse")
+    trainer.fit(data, epochs=2, callbacks=peak, verbose=0)
+    assert peak.taken < alone + 200_000
 
 
 def test_asynchronously_each_batch_is_started_and_one_long_before_is_waited_for(monkeypatch):
     waits = steady_waits(monkeypatch, make(), asynchronous=True)
-    assert waits == ONE_WAIT
+    assert waits == ONE_WAIT_LATER
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 3}], ids=str)
