@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_fit._tree import named_arrays
-from mlx_fit.sums import long_sum
+from mlx_fit.sums import sum_of_squares
 
 
 def global_norm(gradients: Any, transposed: Collection[str] = ()) -> mx.array:
@@ -22,7 +22,7 @@ def global_norm(gradients: Any, transposed: Collection[str] = ()) -> mx.array:
         transposed: names of those that are faster to read transposed; see :func:`linear_weights`.
     """
     squares = [_sum_of_squares(g, name in transposed) for name, g in named_arrays(gradients)]
-    return mx.sqrt(sum(squares[1:], squares[0])) if squares else mx.array(0.0)
+    return mx.sqrt(sum(squares[1:], squares[0])).reshape(()) if squares else mx.array(0.0)
 
 
 def linear_weights(model: nn.Module) -> set[str]:
@@ -33,13 +33,9 @@ def linear_weights(model: nn.Module) -> set[str]:
 
 
 def _sum_of_squares(gradient: mx.array, is_transposed: bool) -> mx.array:
-    """In one order wherever the values lie in memory, which :func:`long_sum` sees to.
-
-    Flattened before they are squared: an optimizer's own squares would be shared, and its kernel be
-    cut in two.
-    """
+    """Of shape (1, 1, 1), in one order wherever the values lie in memory."""
     ordered = gradient.T if is_transposed else gradient  # or flattening were a copy, and slow
-    return long_sum(ordered.astype(mx.float32).reshape(-1).square())
+    return sum_of_squares(ordered.astype(mx.float32))
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -53,8 +49,9 @@ def layer_norms(model: nn.Module, gradients: Any, transposed: Collection[str]) -
     squares: dict[str, list[mx.array]] = {name: [] for name in layer_names(model)}
     for name, gradient in named_arrays(gradients):
         squares[_owner(name)].append(_sum_of_squares(gradient, name in transposed))
-    layers = [sum(found[1:], found[0]) if found else mx.array(0.0) for found in squares.values()]
-    return mx.sqrt(mx.stack(layers))
+    none = mx.zeros((1, 1, 1))
+    layers = [sum(found[1:], found[0]) if found else none for found in squares.values()]
+    return mx.sqrt(mx.concatenate(layers).reshape(-1))
 
 
 def named_norms(model: nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, float] | None]:
