@@ -99,7 +99,7 @@ class Fit:
         run, callbacks = self._run, self._callbacks
         callbacks.call("on_train_begin", {})
         self._ending.agree()
-        self._step.log_layer_norms(callbacks.wants_layer_norms)
+        self._step.norms_every = callbacks.layer_norms_every
         self._plan_next_event()
         epochs, logs = self._epochs_to_run(), self._history.last
         for epoch in epochs:

@@ -9,7 +9,6 @@ May import: ``baked``, ``communicator``, ``compiled``, ``objective``, ``options`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from mlx_fit.baked import BakedIn
 from mlx_fit.batch import describe, is_empty, signature, to_mlx
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import Traced, evaluate_again, warn_of_many_shapes
-from mlx_fit.errors import DataError, NonFiniteLossError, non_finite_loss
+from mlx_fit.errors import DataError
 from mlx_fit.habits import explain, no_variance
 from mlx_fit.logs import FOLD
 from mlx_fit.objective import Objective, Terms
@@ -122,10 +121,6 @@ class TrainStep(StepState):
             if self.baked.everything() != self._built_for:
                 self._rebuild()
 
-    def log_layer_norms(self, is_wanted: bool) -> None:
-        """Log the norms of each layer's gradient, or not. Before the first batch."""
-        self._updates.logs_layer_norms = is_wanted
-
     @property
     def num_traces(self) -> int:
         """How often the functions of this step were traced."""
@@ -138,12 +133,7 @@ class TrainStep(StepState):
             num_batches: batches of this epoch, where it is known: the last of them closes its
                 window. Otherwise the caller calls :meth:`close_window` when they have ended.
         """
-        self.sums.restart()
-        self.num_batches = 0
-        self._last_batch = num_batches
-        self._first_window = self.num_windows
-        self._settled = None
-        self.num_skipped = 0
+        self._count_anew(num_batches)
         if self.baked.everything() != self._built_for:
             self._rebuild()
 
@@ -165,10 +155,13 @@ class TrainStep(StepState):
             if self._rates.is_needed:
                 self._rates.check()
             arrays, sums = to_mlx(batch), self.sums
-            key = (signature(arrays), len(self._window), self.objective.variant)
+            every = self.norms_every  # norms_now in line: calls are counted
+            norms = self._is_fused and (self.num_windows + 1) % every == 0 if every else None
+            variant = self.objective.variant, norms
+            key = (signature(arrays), len(self._window), variant)
             self.is_whole = False
             if key in self._batch.seen:
-                results = self._batch.function(key[2], arrays, self._window)
+                results = self._batch.function(variant, arrays, self._window)
             else:
                 results = self._first_call(key, batch, arrays)
             self._window, sums.batch, rows, *self._gradients_of_batch = results
@@ -240,7 +233,8 @@ class TrainStep(StepState):
             self._close_together(self.exchange)
         elif self._window:
             self.follow_freezes()
-            self.sums.pending.append(self._flush(0, self._window))
+            norms = self.norms_now
+            self.sums.pending.append(self._flush(norms, norms, self._window))
             self.sums.tags.append(self.num_windows + 1)
             self._window = []
         else:
@@ -262,8 +256,9 @@ class TrainStep(StepState):
         sums.pending.append(shared.vector)
         sums.tags.append(self.num_windows + 1)
         if shared.is_update:
-            flush = partial(self._flush, 0, shared.window) if shared.window else None
-            vector = exchange.update(self.model, flush)
+            norms = self.norms_now
+            flush = partial(self._flush, norms, norms, shared.window)
+            vector = exchange.update(self.model, flush if shared.window else None)
             if vector is not None:
                 sums.extend_batch(vector)
         elif not shared.logs_skip:
@@ -284,11 +279,9 @@ class TrainStep(StepState):
         if self._overlaps:
             self.wait()
             self.is_whole = False
+        evaluate = mx.async_eval if self._overlaps or self._is_async else mx.eval
         try:
-            if self._overlaps or self._is_async:
-                mx.async_eval(*live)
-            else:
-                mx.eval(*live)  # host synchronisation
+            evaluate(*live)
         except RuntimeError as error:
             evaluate_again(error, *live)
         if self._overlaps:
@@ -319,24 +312,20 @@ class TrainStep(StepState):
         function = Traced(compute, self._state, self._state, self.options.compile)
         return function(signature(arrays), arrays)
 
-    def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
-        """The error for a step with a non-finite loss, or with a loss scale that ran out."""
-        _, loss = self.first_bad or (0, math.nan)
-        return non_finite_loss(number, epoch, loss, scales_loss=bool(self._scaling))
-
     # --- a batch, on the device: what is compiled -------------------------------------------------
 
     def _update_from(self, variant: Any, batch: Any, window: list[Any]) -> Any:
         """Gradients and update in one function: a window of one batch.
 
-        ``variant`` is here for MLX, which compiles anew for each value of a Python argument.
+        ``variant`` is the objective's, and :attr:`norms_now`. MLX compiles anew for each value of a
+        Python argument.
         """
         terms, gradients, is_good = self._gradients(batch)
         conditions = [] if is_good is None else [is_good]
         if self._updates.masks_weight:
             conditions.append(mx.array(terms.weight) > 0)
         overflowed = None if is_good is None else mx.logical_not(is_good)
-        entries = self._updates.apply(gradients, conditions, overflowed)
+        entries = self._updates.apply(gradients, conditions, overflowed, variant[1])
         results = window, self._updates.pack(terms, entries), terms.rows
         return (*results, gradients) if self.options.on_oom == "split" else results
 
@@ -353,7 +342,7 @@ class TrainStep(StepState):
         if window:
             weighted = tree_map(mx.add, window[0], weighted)
             weight, num_bad = window[1] + weight, window[2] + num_bad
-        vector = self._updates.pack(terms, self._updates.nothing())
+        vector = self._updates.pack(terms, self._updates.nothing(variant[1]))
         return [weighted, weight, num_bad], vector, terms.rows
 
     def _gradients(self, batch: Any) -> tuple[Terms, Any, mx.array | None]:

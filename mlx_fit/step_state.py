@@ -6,6 +6,7 @@ Imports layer 2: communicator, compiled, options.
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_fit._tree import named_arrays, snapshot
 from mlx_fit.communicator import Exchange
 from mlx_fit.compiled import evaluate_again
+from mlx_fit.errors import NonFiniteLossError, non_finite_loss
 from mlx_fit.logs import Sums
 from mlx_fit.options import StepOptions
 from mlx_fit.trainable import load_window
@@ -42,6 +44,7 @@ class StepState(ABC):
         learning_rate: the rate of the newest update, before anybody changes it; on the device.
         is_whole: False while a batch is under way, and for good if computing it failed: weights
             and optimizer may then be half updated.
+        norms_every: updates from one whose norms by layer are logged to the next; 0: none are.
         is_partial: whether what is taken is a part of a batch; :meth:`end_batch` ends the batch.
         before_closing: called before anything of a window is sent to other ranks, or None.
     """
@@ -57,9 +60,11 @@ class StepState(ABC):
         self.num_batches = 0
         self.learning_rate: mx.array | None = None
         self.is_whole = True
+        self.norms_every = 0
         self.is_partial = False
         self.before_closing: Callable[[], None] | None = None
         self._state: list[Any] = []
+        self._scaling: dict[str, mx.array] = {}  # of the loss; empty where it is not scaled
         self._is_fused = options.gradient_accumulation == 1 and exchange is None
         self._last_batch: int | None = None
         self._first_window = 0  # windows before this epoch
@@ -86,6 +91,13 @@ class StepState(ABC):
     def settle(self) -> None:
         """Start to evaluate what this step changed, and wait for what should be done by now."""
 
+    def _count_anew(self, num_batches: int | None) -> None:
+        """An epoch begins, of so many batches, or None where that is not known."""
+        self.sums.restart()
+        self.num_batches = self.num_skipped = 0
+        self._last_batch, self._first_window = num_batches, self.num_windows
+        self._settled = None
+
     def wait(self) -> None:
         """On the CPU: wait for the newest step, of which the device may still compute the rest.
 
@@ -96,6 +108,11 @@ class StepState(ABC):
             mx.synchronize()  # host synchronisation, the one of a step
             self._settled, self._awaited = self._awaited, None
             self.is_whole = True
+
+    @property
+    def norms_now(self) -> bool | None:
+        """Whether the norms of the next update are measured; None: none are logged at all."""
+        return (self.num_windows + 1) % self.norms_every == 0 if self.norms_every else None
 
     @property
     def waits_at_once(self) -> bool:
@@ -121,6 +138,11 @@ class StepState(ABC):
         Of this epoch's steps that the device has finished; it waits for none.
         """
         return None if self._settled is None else self.sums.first_bad(self._settled)
+
+    def bad_loss(self, number: int, epoch: int) -> NonFiniteLossError:
+        """The error for a step with a non-finite loss, or with a loss scale that ran out."""
+        _, loss = self.first_bad or (0, math.nan)
+        return non_finite_loss(number, epoch, loss, scales_loss=bool(self._scaling))
 
     # --- checkpoints ------------------------------------------------------------------------------
 

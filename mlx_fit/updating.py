@@ -35,7 +35,6 @@ class Update:
         is_alone: whether gradients come from a backward pass here, and not from several ranks.
 
     Attributes:
-        logs_layer_norms: whether the norms of each layer's gradient are logged.
         masks_weight: set by a trace: whether a window counts, the device must say.
     """
 
@@ -48,7 +47,6 @@ class Update:
         sums: Sums,
         is_alone: bool,
     ) -> None:
-        self.logs_layer_norms = False
         self.masks_weight = False
         self._model = model
         self._optimizer = optimizer
@@ -57,8 +55,11 @@ class Update:
         self._sums = sums
         self._is_alone = is_alone
 
-    def from_window(self, window: list[Any]) -> mx.array:
-        """The update of an accumulated window: one division by its whole weight."""
+    def from_window(self, norms: bool | None, window: list[Any]) -> mx.array:
+        """The update of an accumulated window: one division by its whole weight.
+
+        ``norms``: see :meth:`apply`.
+        """
         gradients, weight, num_bad = window
         conditions, overflowed = [], None
         if self.masks_weight or self._options.masks_bad_batches:
@@ -68,19 +69,27 @@ class Update:
             overflowed = num_bad > 0
             conditions.append(mx.logical_not(overflowed))
         gradients = tree_map(lambda g: g / weight, gradients)
-        entries = self.apply(gradients, conditions, overflowed)
+        entries = self.apply(gradients, conditions, overflowed, norms)
         return self._sums.place(entries) if entries else mx.zeros_like(self._sums.lanes)
 
     def apply(
-        self, gradients: Any, conditions: list[mx.array], overflowed: mx.array | None
+        self,
+        gradients: Any,
+        conditions: list[mx.array],
+        overflowed: mx.array | None,
+        norms: bool | None,
     ) -> Entries:
-        """Clip and apply averaged gradients where all conditions hold; what to log about it."""
+        """Clip and apply averaged gradients where all conditions hold; what to log about it.
+
+        ``norms`` tells whether the norms of each layer's gradient are measured; None: no update
+        logs them, and they have no place.
+        """
         options, model, optimizer = self._options, self._model, self._optimizer
-        entries = self.nothing()
+        entries = self.nothing(norms)
         norm: mx.array | None = None
         layer_norms: mx.array | None = None
         transposed = grad.linear_weights(model) if self._is_alone else ()
-        if self.logs_layer_norms:
+        if norms:
             layer_norms = grad.layer_norms(model, gradients, transposed)
             norm = mx.sqrt(layer_norms.square().sum())
         if options.clip_norm is not None:
@@ -112,13 +121,13 @@ class Update:
             entries[SCALE_ENDED] = {"sum": mx.where(has_ended, math.nan, 0.0)}
         return entries
 
-    def nothing(self) -> Entries:
+    def nothing(self, norms: bool | None) -> Entries:
         """Entries of the packed vector that only an update fills."""
         zero = mx.array(0.0)
         entries: Entries = {}
-        if self._options.clip_norm is not None or self.logs_layer_norms:
+        if self._options.clip_norm is not None or norms is not None:
             entries["grad_norm"] = {"sum": zero, "weight": zero}
-        if self.logs_layer_norms:
+        if norms is not None:
             zeros = mx.zeros((len(grad.layer_names(self._model)),))
             entries["layer_grad_norms"] = {"sum": zeros, "weight": zero}
         if self._options.masks_bad_batches or self.masks_weight:

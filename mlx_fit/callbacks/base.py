@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,8 @@ class Callback:
             what it saves holds their state.
         due_at: None: told of the end of every training batch. A callback that only displays sets
             it to the ``time.perf_counter()`` from which on it wants to be told of the next.
-        wants_layer_norms: whether the step is to log ``layer_grad_norms``.
+        layer_norms_every: updates from one for which the step is to log ``layer_grad_norms`` to
+            the next; 0: it need not.
         first_rank_only: with several ranks it is called on rank 0 alone, because it writes or
             prints. It must not call what all ranks do together.
 
@@ -48,7 +50,7 @@ class Callback:
     params: dict[str, Any]
     due_at: float | None = None
     runs_last: bool = False
-    wants_layer_norms: bool = False
+    layer_norms_every: int = 0
     first_rank_only: bool = False
 
     @property
@@ -195,9 +197,9 @@ class CallbackList:
         return any(not str(getattr(m, "__module__", "")).startswith("mlx_fit.") for m in own)
 
     @property
-    def wants_layer_norms(self) -> bool:
-        """Whether a callback wants the norms of each layer's gradient."""
-        return any(callback.wants_layer_norms for callback in self.callbacks)
+    def layer_norms_every(self) -> int:
+        """After how many updates a callback wants the norms of each layer's gradient; 0: never."""
+        return math.gcd(*[callback.layer_norms_every for callback in self.callbacks])
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback that has it."""

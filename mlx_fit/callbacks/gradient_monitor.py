@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_fit.callbacks.base import Callback
+from mlx_fit.checks import natural
 from mlx_fit.errors import ConfigurationError
 
 
@@ -21,7 +22,12 @@ class GradientMonitor(Callback):
     A layer is a module that owns parameters, by its name in ``model.named_modules()``; a parameter
     of the model itself is named by its own name. Frozen layers are left out.
 
+    On a GPU norms cost little beside a step. On a CPU, where they read every gradient once more,
+    ``every=10`` makes them cheap there, too: means are then over every tenth update (an epoch
+    without one has none), and the step is compiled twice.
+
     Args:
+        every: updates from one whose norms are measured to the next.
         print_every: epochs between printed tables, largest norm first; None prints none.
 
     Attributes:
@@ -31,14 +37,13 @@ class GradientMonitor(Callback):
         >>> callback = GradientMonitor(print_every=10)
     """
 
-    wants_layer_norms = True
-
-    def __init__(self, print_every: int | None = None) -> None:
+    def __init__(self, print_every: int | None = None, *, every: int = 1) -> None:
         if print_every is not None and (type(print_every) is not int or print_every < 1):
             raise ConfigurationError(
                 f"GradientMonitor: print_every={print_every!r}; expected an integer of at least 1, "
                 "or None."
             )
+        self.layer_norms_every = natural("GradientMonitor: every", every, 1)
         self._print_every = print_every
         self.layer_norms: dict[str, float] = {}
 

@@ -8,7 +8,14 @@ import pytest
 from mlx.utils import tree_flatten
 from toys import Do, batch_of, ramp, rows_of_ones, trainer_of
 
-from mlx_fit import ConfigurationError, CSVLogger, FreezeUntil, GradientMonitor, Trainer
+from mlx_fit import (
+    Callback,
+    ConfigurationError,
+    CSVLogger,
+    FreezeUntil,
+    GradientMonitor,
+    Trainer,
+)
 
 
 def net():
@@ -129,6 +136,41 @@ def test_it_prints_a_table_when_asked(capsys):
     assert len(lines) == 3
     norms = [float(line.split()[0]) for line in lines[1:]]
     assert norms == sorted(norms, reverse=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 2}], ids=str)
+def test_every_few_updates_gives_the_mean_over_those_and_changes_no_bit(options):
+    rows, weights = {}, []
+    for every in (1, 2):
+        trainer = trainer_of(net(), learning_rate=0.1, **options)
+        monitor = GradientMonitor(every=every)
+        history = trainer.fit(ramp(10), callbacks=monitor, log_every=1, verbose=0)
+        rows[every] = {row["step"]: row.get("grad_norm") for row in history.steps}
+        weights.append(tree_flatten(trainer.model.parameters()))
+    assert all(rows[1].values())
+    assert rows[2] == {n: norm if n % 2 == 0 else None for n, norm in rows[1].items()}
+    norms = [norm for norm in rows[2].values() if norm]
+    assert history.history["grad_norm"] == [pytest.approx(np.mean(norms), rel=1e-6)]
+    assert set(monitor.layer_norms) == {"layers.0", "layers.2"}
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(*weights, strict=True))
+
+
+def test_two_monitors_have_the_updates_that_both_need():
+    callbacks = [GradientMonitor(every=4), GradientMonitor(every=6)]
+    updates = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, batch, logs):
+            updates.extend([self.trainer.step] if "grad_norm" in logs.batch else [])
+
+    trainer_of(net()).fit(ramp(8), callbacks=[*callbacks, Look()], verbose=0)
+    assert updates == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "2", True])
+def test_a_wrong_distance_is_named(every):
+    with pytest.raises(ConfigurationError, match="every="):
+        GradientMonitor(every=every)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2", True])
