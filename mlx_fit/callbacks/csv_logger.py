@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_fit.callbacks.base import Callback, numbers
+from mlx_fit.callbacks.base import numbers
 from mlx_fit.callbacks.device_monitor import DEVICE_KEYS
+from mlx_fit.callbacks.log_file import LogFile
 from mlx_fit.checks import boolean, file_of
 from mlx_fit.errors import ConfigurationError
 
 NOT_VALIDATED = ("learning_rate", "grad_norm", "skipped_updates", *DEVICE_KEYS)
 
 
-class CSVLogger(Callback):
+class CSVLogger(LogFile):
     """Writes epoch (0-based), training and validation values to a CSV file as epochs end.
 
     Validation columns exist from the first row on if there is validation data, and are empty for
     epochs without validation. A run that is resumed from a checkpoint has every epoch once, with or
-    without ``append``: the rows up to the checkpoint are in it.
+    without ``append``: the rows up to the checkpoint are in it. A row that cannot be written, on a
+    full disk perhaps, is a warning, and is written with the next one that can be.
 
     Args:
         filename: the file; missing parent folders are made.
@@ -28,14 +30,12 @@ class CSVLogger(Callback):
             of that epoch and later.
     """
 
-    first_rank_only = True
-
     def __init__(self, filename: str | Path, separator: str = ",", append: bool = False) -> None:
         if not isinstance(separator, str) or len(separator) != 1 or separator in '\r\n"':
             raise ConfigurationError(
                 f"CSVLogger(separator={separator!r}); expected one character, such as ',' or ';'."
             )
-        self.path = file_of("CSVLogger: filename", filename)
+        super().__init__(file_of("CSVLogger: filename", filename))
         self._separator = separator
         self._append = boolean("CSVLogger: append", append)
         self._columns: list[str] = []
@@ -46,7 +46,6 @@ class CSVLogger(Callback):
         self._columns, self._rows = [], []
         if self._append and self.path.exists():
             self._take_over(self.trainer.info.initial_epoch)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite()
 
     def on_epoch_end(self, epoch: int, logs: Any) -> None:
@@ -54,12 +53,9 @@ class CSVLogger(Callback):
         row = {"epoch": epoch, **numbers(logs)}
         self._rows.append(row)
         expected = self._columns_for(row)
-        if new := [name for name in expected if name not in self._columns]:
-            self._columns += new
-            self._rewrite()
-        else:
-            with self.path.open("a", newline="") as file:
-                self._writer(file).writerow(row)
+        new = [name for name in expected if name not in self._columns]
+        self._columns += new
+        self._add(None if new else lambda file: self._writer(file).writerow(row))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -75,7 +71,7 @@ class CSVLogger(Callback):
         """Read the rows that stay: a run that goes on writes its epochs anew, none stands twice."""
         import csv
 
-        with self.path.open(newline="") as file:
+        with self.path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter=self._separator)
             rows, self._columns = list(reader), list(reader.fieldnames or [])
         if self._columns and (
@@ -98,14 +94,11 @@ class CSVLogger(Callback):
         ]
         return list(dict.fromkeys(["epoch", *trained, *derived, *row]))
 
-    def _rewrite(self) -> None:
-        staged = self.path.with_name(f".tmp-{self.path.name}")
-        with staged.open("w", newline="") as file:
-            writer = self._writer(file)
-            if self._columns:
-                writer.writeheader()
-                writer.writerows(self._rows)
-        staged.replace(self.path)
+    def _write_all(self, file: Any) -> None:
+        writer = self._writer(file)
+        if self._columns:
+            writer.writeheader()
+            writer.writerows(self._rows)
 
     def _writer(self, file: Any) -> Any:
         import csv  # here: importing mlx_fit stays cheap

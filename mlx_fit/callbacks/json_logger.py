@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fit.callbacks.as_json import as_json, dumps
-from mlx_fit.callbacks.base import Callback
+from mlx_fit.callbacks.log_file import LogFile
 from mlx_fit.checks import boolean, file_of
 from mlx_fit.errors import ConfigurationError
 
 
-class JSONLogger(Callback):
+class JSONLogger(LogFile):
     """Writes a line of JSON for each epoch and each evaluation of a fit, as it ends.
 
     ``{"event": "epoch", "epoch": 0, "step": 40, "loss": 0.5, ...}`` and
@@ -32,10 +32,8 @@ class JSONLogger(Callback):
         >>> callback = JSONLogger("runs/log.jsonl")
     """
 
-    first_rank_only = True
-
     def __init__(self, path: str | Path, append: bool = False) -> None:
-        self.path = file_of("JSONLogger: path", path)
+        super().__init__(file_of("JSONLogger: path", path))
         self._append = boolean("JSONLogger: append", append)
         self._rows: list[dict[str, Any]] = []
 
@@ -58,8 +56,7 @@ class JSONLogger(Callback):
         head = {"event": event, "epoch": epoch, "step": self.trainer.step}
         row = head | {k: v for k, v in as_json(logs).items() if k not in head}
         self._rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(dumps(row) + "\n")
+        self._add(lambda file: file.write(dumps(row) + "\n"))
 
     def _take_over(self, first_epoch: int) -> None:
         import json
@@ -79,12 +76,8 @@ class JSONLogger(Callback):
                 )
         self._rows = [row for row in rows if not first_epoch or row["epoch"] < first_epoch]
 
-    def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.path.with_name(f".tmp-{self.path.name}")
-        text = "".join(dumps(row) + "\n" for row in self._rows)
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(self.path)
+    def _write_all(self, file: Any) -> None:
+        file.writelines(dumps(row) + "\n" for row in self._rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""

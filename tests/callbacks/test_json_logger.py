@@ -1,8 +1,10 @@
 """JSONLogger, and what CSVLogger and it do on resume."""
 
 import csv
+import errno
 import json
 import math
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -147,6 +149,43 @@ def test_a_resumed_run_has_each_row_once(tmp_path, kind, append):
     fit([resumed, load], ramp(1), trainer, initial_epoch=2, epochs=4)
     assert read(path) == expected
     assert len({json.dumps(row) for row in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("kind", [JSONLogger, CSVLogger])
+def test_a_row_that_cannot_be_written_is_said_once_and_comes_with_the_next(tmp_path, kind):
+    """Its folder is gone for two epochs, and a file stands there; the run goes on."""
+    folder, read = tmp_path / "logs", csv_rows if kind is CSVLogger else rows_of
+
+    def block(run):
+        if run.epoch == 1:
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+        if run.epoch == 3:
+            folder.unlink()
+
+    callback = kind(folder / "log")
+    with pytest.warns(UserWarning, match="cannot be written") as caught:
+        fit([Do("on_epoch_begin", block), callback], epochs=5)
+    assert len(caught) == 1
+    assert [int(row["epoch"]) for row in read(callback.path)] == [0, 1, 2, 3, 4]
+    assert [path.name for path in folder.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("kind", [JSONLogger, CSVLogger])
+def test_a_full_disk_leaves_no_half_file(tmp_path, kind, monkeypatch):
+    callback, write_all = kind(tmp_path / "log"), kind._write_all
+
+    def full(self, file):
+        write_all(self, file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fit([callback], epochs=2)
+    before = callback.path.read_bytes()
+    monkeypatch.setattr(kind, "_write_all", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit([kind(tmp_path / "log", append=True)], epochs=3, initial_epoch=2)
+    assert callback.path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 @pytest.mark.parametrize(("path", "append", "says"), [(None, False, "path="), ("a", 1, "append=")])
