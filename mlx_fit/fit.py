@@ -113,6 +113,7 @@ class Fit:
         self._at.save_end()
         if self._at.phase == BATCHES:
             self._at.recorder.note(run.epoch)  # what a signal has cut off
+            self._at.recorder.write()
         self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
         self._ending.agree()

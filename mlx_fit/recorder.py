@@ -82,9 +82,13 @@ class StepRecorder:
             self._before = totals
 
     def close(self) -> None:
-        """Write what is left: the fit is over. Of a step that has failed there is no row."""
+        """Write what an error has left: the fit is over.
+
+        Of a step that has failed there is no row. Nor is there one where a metric raises, which
+        must not take the place of the error that ended the fit.
+        """
         self._history.catch_up = None
-        with suppress(RuntimeError):
+        with suppress(Exception):
             self.write()
 
     def _row(self, window: int, epoch: int, totals: np.ndarray) -> dict[str, Any]:
