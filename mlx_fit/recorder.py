@@ -69,6 +69,8 @@ class StepRecorder:
         self._step.sums.keep()
         self._due.append(_Place(self._step.sums.num_added, window, epoch))
         self._last_window = window
+        if not self._step.sums.layout.computes:
+            self.write()  # now: the metrics of a resumed run may be others, and move the sums
 
     def write(self) -> None:
         """Write the rows that were noted. Host synchronisation with the step of the newest."""
