@@ -221,13 +221,13 @@ def test_steps_end_with_what_is_left_of_an_epoch():
 
 
 def test_a_row_that_was_due_where_a_run_stopped_has_the_metrics_of_then(tmp_path):
-    failing = Do("on_train_batch_end", raising(KeyError("the hook")), 1)
+    failing = Do("on_train_batch_end", raising(KeyError("the hook")), 3)
     with pytest.raises(KeyError):
-        fit(still_trainer(), ramp(4), log_every=2, checkpoint_dir=tmp_path, callbacks=failing)
+        fit(still_trainer(), ramp(6), log_every=2, checkpoint_dir=tmp_path, callbacks=failing)
     other = still_trainer(metrics=["mse", "mae"])
     with pytest.warns(UserWarning, match="metrics was"):
-        history = fit(other, ramp(4), log_every=2, checkpoint_dir=tmp_path, resume=True)
-    assert history.steps[0] == {"step": 2, "epoch": 0, "loss": 8.0, "mae": 2.0}
+        history = fit(other, ramp(6), log_every=2, checkpoint_dir=tmp_path, resume=True)
+    assert history.steps[1] == {"step": 4, "epoch": 0, "loss": 104.0, "mae": 10.0}
 
 
 class Broken(Mean):
