@@ -113,6 +113,7 @@ class Fit:
         self._at.save_end()
         if self._at.phase == BATCHES:
             self._at.recorder.note(run.epoch)  # what a signal has cut off
+            self._at.recorder.write()
         self._raise_if_terminated()
         callbacks.call("on_train_end", logs)
         self._ending.agree()
@@ -263,6 +264,7 @@ class Fit:
             self._at.recorder.note(self._run.epoch)
             self._memory.look()
         if done >= self._at.next_stop or perf_counter() >= self._ending.save_at:
+            self._step.wait()  # before the clock of the pass is stopped: it is training
             with self._run.pace.paused():
                 self._stop_over(done)
         else:
@@ -270,9 +272,8 @@ class Fit:
             self._plan_next_event()
 
     def _stop_over(self, done: int) -> None:
-        """Validate, save or end, once the step is finished."""
+        """Validate, save or end, after a step that is finished."""
         schedule = self._schedule
-        self._step.wait()
         self._check_loss()
         every = schedule.validates_every
         if every and self._validation and done % every == 0:

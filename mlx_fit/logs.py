@@ -282,7 +282,7 @@ class Sums:
         lanes: the numbers of the lanes, 0 to ``capacity - 1``.
         totals: float64 sums of the vectors that were folded; never changed in place.
         pending: the vectors since then, on the device, in order.
-        tags: a number for each of them, which :attr:`first_bad` tells.
+        tags: a number for each of them, which :meth:`first_bad` tells.
         batch: the packed sums of the last batch, None before the first.
         open: vectors of a window that waits for other ranks: this rank's part of it. They show in
             the logs of its batches, and count only when the sums of all ranks take their place.

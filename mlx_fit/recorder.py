@@ -69,6 +69,8 @@ class StepRecorder:
         self._step.sums.keep()
         self._due.append(_Place(self._step.sums.num_added, window, epoch))
         self._last_window = window
+        if not self._step.sums.layout.computes:
+            self.write()  # now: the metrics of a resumed run may be others, and move the sums
 
     def write(self) -> None:
         """Write the rows that were noted. Host synchronisation with the step of the newest."""
@@ -82,9 +84,13 @@ class StepRecorder:
             self._before = totals
 
     def close(self) -> None:
-        """Write what is left: the fit is over. Of a step that has failed there is no row."""
+        """Write what an error has left: the fit is over.
+
+        Of a step that has failed there is no row. Nor is there one where a metric raises, which
+        must not take the place of the error that ended the fit.
+        """
         self._history.catch_up = None
-        with suppress(RuntimeError):
+        with suppress(Exception):
             self.write()
 
     def _row(self, window: int, epoch: int, totals: np.ndarray) -> dict[str, Any]:

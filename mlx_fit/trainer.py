@@ -200,7 +200,8 @@ class Trainer(Stateful):
             resume: ``"auto"`` goes on from the newest whole checkpoint in ``checkpoint_dir`` if
                 there is one, True insists on one, a path is that of a checkpoint. False starts
                 anew, and refuses a folder that holds checkpoints.
-            log_every: steps between rows of ``history.steps``, and between looks at the loss.
+            log_every: steps between rows of ``history.steps``, and between looks at the loss: one
+                that is not finite is found at most so many steps late, with 1 at once.
             verbose: 0 nothing, 1 a bar, 2 a line per epoch; ``"auto"`` is 1 on a terminal or in a
                 notebook, 2 elsewhere.
 

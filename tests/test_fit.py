@@ -35,6 +35,7 @@ from mlx_fit import (
     TerminateOnNaN,
     Trainer,
 )
+from mlx_fit.metrics import Mean
 
 
 def fit(trainer, train, val=None, **options):
@@ -217,6 +218,35 @@ def test_steps_end_with_what_is_left_of_an_epoch():
     history = fit(still_trainer(), ramp(4), log_every=3)
     assert [row["step"] for row in history.steps] == [3, 4]
     assert history.steps[1]["loss"] == 144.0
+
+
+def test_a_row_that_was_due_where_a_run_stopped_has_the_metrics_of_then(tmp_path):
+    failing = Do("on_train_batch_end", raising(KeyError("the hook")), 3)
+    with pytest.raises(KeyError):
+        fit(still_trainer(), ramp(6), log_every=2, checkpoint_dir=tmp_path, callbacks=failing)
+    other = still_trainer(metrics=["mse", "mae"])
+    with pytest.warns(UserWarning, match="metrics was"):
+        history = fit(other, ramp(6), log_every=2, checkpoint_dir=tmp_path, resume=True)
+    assert history.steps[1] == {"step": 4, "epoch": 0, "loss": 104.0, "mae": 10.0}
+
+
+class Broken(Mean):
+    def compute(self, state):
+        raise ValueError("the metric")
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        (raising(KeyError("the hook")), KeyError),
+        (lambda _: os.kill(os.getpid(), signal.SIGINT), ValueError),
+    ],
+    ids=["hook", "signal"],
+)
+def test_a_metric_that_raises_is_heard_of_unless_another_error_has_ended_the_fit(ends, error):
+    trainer = trainer_of(metrics=[Broken(lambda outputs, _: outputs[:, 0], "broken")])
+    with pytest.raises(error, match="the "):
+        fit(trainer, ramp(4), log_every=1, callbacks=Do("on_train_batch_end", ends, 2))
 
 
 # --- stopping ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import time
 
+import mlx.core as mx
 import pytest
 from toys import Do, Recorder, ramp, trainer_of
 
@@ -36,6 +37,14 @@ def test_the_wait_is_the_datas():
     assert 19 < pace.wait_ms < 60
     assert pace.waited <= pace.seconds < 0.4
     assert 0 < pace.share_waited <= 1
+
+
+@pytest.mark.parametrize("options", [{"log_every": 1}, {"max_steps": 4}], ids=str)
+def test_the_wait_for_a_step_is_training_also_where_something_is_due(options, monkeypatch):
+    trainer, synchronize = trainer_of(), mx.synchronize
+    monkeypatch.setattr(mx, "synchronize", lambda: (time.sleep(0.03), synchronize()))
+    trainer.fit(ramp(4), verbose=0, **options)
+    assert trainer.pace.seconds > 0.12
 
 
 def test_saves_of_a_fit_have_their_hooks_and_their_phase(tmp_path):
