@@ -63,6 +63,7 @@ def watchers(folder: Path) -> dict[str, list[Callback]]:
         ],
         "DeviceMonitor": [DeviceMonitor()],
         "GradientMonitor": [GradientMonitor()],
+        "GradientMonitor(every=10)": [GradientMonitor(every=10)],
         "Profiler": [Profiler(prints=False)],
         "EMA": [EMA(0.999)],
     }
@@ -71,6 +72,8 @@ def watchers(folder: Path) -> dict[str, list[Callback]]:
     rows["all that only look"] = [callback for name in quiet for callback in rows[name]]
     more = ("GradientMonitor", "Profiler", "EMA")
     rows["all of them"] = [c for name in (*quiet, *more) for c in rows[name]]
+    fewer = ("GradientMonitor(every=10)", "Profiler", "EMA")
+    rows["all of them, norms every 10"] = [c for name in (*quiet, *fewer) for c in rows[name]]
     return rows
 
 

@@ -288,7 +288,7 @@ class Sums:
             the logs of its batches, and count only when the sums of all ranks take their place.
         rows: rows of metrics that need every one.
         watched: the key whose sums must be finite, or None.
-        kept: the totals at the places that :meth:`keep` has marked and a fold has passed.
+        totals_kept: the totals at the places that :meth:`keep` has marked and a fold has passed.
     """
 
     def __init__(self) -> None:
@@ -306,7 +306,7 @@ class Sums:
         self.tags: list[int] = []
         self.open: list[mx.array] = []
         self.num_folded = 0
-        self.kept: list[np.ndarray] = []
+        self.totals_kept: list[np.ndarray] = []
         self._marks: list[int] = []
         self._num_checked = 0
         self._first_bad: tuple[int, float] | None = None
@@ -333,7 +333,7 @@ class Sums:
         self.first_bad(end)
         while self._marks and self._marks[0] <= end:
             self._add_up(self._marks.pop(0))
-            self.kept.append(self.totals)
+            self.totals_kept.append(self.totals)
         self._add_up(end)
         return self.totals
 

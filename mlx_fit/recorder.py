@@ -78,7 +78,7 @@ class StepRecorder:
             return
         sums, due = self._step.sums, self._due
         sums.fold(due[-1].num_added)
-        kept, sums.kept, self._due = sums.kept, [], []
+        kept, sums.totals_kept, self._due = sums.totals_kept, [], []
         for place, totals in zip(due, kept, strict=True):
             self._history.steps.append(self._row(place.window, place.epoch, totals))
             self._before = totals
