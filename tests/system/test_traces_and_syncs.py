@@ -272,7 +272,7 @@ def test_a_step_that_is_made_a_graph_early_holds_no_second_copy_of_the_state():
     alone = peak.taken
     trainer = Trainer(nn.Linear(512, 512), optim.AdamW(0.01), "mse")
     trainer.fit(data, epochs=2, callbacks=peak, verbose=0)
-    assert peak.taken < alone + 200_000
+    assert peak.taken < alone + 1_500_000  # a second copy of weights and moments has 3 million
 
 
 def test_asynchronously_each_batch_is_started_and_one_long_before_is_waited_for(monkeypatch):
