@@ -38,7 +38,7 @@ class WeightAveraging(Callback, ABC):
         self._depth = 0  # evaluations may lie inside each other
         self._is_training = False
         self._claimed = False
-        self._mix: Callable[..., tuple[list[mx.array], mx.array]] = self._mixed
+        self._mix: Callable[..., tuple[list[mx.array], mx.array]] = _mix
 
     @abstractmethod
     def _refresh(self, epoch_is_over: bool) -> None:
@@ -70,7 +70,7 @@ class WeightAveraging(Callback, ABC):
         if self._model is not self.model:
             self._average, self._count = {}, mx.array(0.0)
         self._model = self.model
-        self._mix = fused(self._mixed) if self.trainer.info.compiles else self._mixed
+        self._mix = fused(_mix) if self.trainer.info.compiles else _mix
         self._look()
 
     def on_epoch_begin(self, epoch: int, logs: Any) -> None:
@@ -137,24 +137,11 @@ class WeightAveraging(Callback, ABC):
         averages = [self._average[name] for name, _, _ in self._places]
         weights = [container[key] for _, container, key in self._places]
         updates = self._update_seen, before
-        averages, self._count = self._mix(averages, weights, updates, self._count)
+        share = self._share(self._count)  # not compiled in: settings may change meanwhile
+        averages, self._count = self._mix(averages, weights, updates, share, self._count)
         for (name, _, _), average in zip(self._places, averages, strict=True):
             self._average[name] = average  # nobody holds the old one, whose memory is reused
         mx.async_eval(averages, self._count)  # lazy, only this thread could use them
-
-    def _mixed(
-        self,
-        averages: list[mx.array],
-        weights: list[mx.array],
-        updates: tuple[mx.array, mx.array],
-        count: mx.array,
-    ) -> tuple[list[mx.array], mx.array]:
-        """The averages with the weights mixed in, if these are of another update; their count."""
-        is_new = mx.not_equal(*updates)
-        share = mx.where(is_new, self._share(count), 1.0)
-        rest = mx.where(is_new, 1.0 - share, 0.0)
-        mixed = [share * a + rest * w for a, w in zip(averages, weights, strict=True)]
-        return mixed, count + is_new
 
     # --- standing in ------------------------------------------------------------------------------
 
@@ -253,6 +240,21 @@ class WeightAveraging(Callback, ABC):
         self._places = []
         if self._is_training:
             self._look()
+
+
+def _mix(
+    averages: list[mx.array],
+    weights: list[mx.array],
+    updates: tuple[mx.array, mx.array],
+    share: mx.array,
+    count: mx.array,
+) -> tuple[list[mx.array], mx.array]:
+    """The averages with the weights mixed in, if these are of another update; their count."""
+    is_new = mx.not_equal(*updates)
+    share = mx.where(is_new, share, 1.0)
+    rest = mx.where(is_new, 1.0 - share, 0.0)
+    mixed = [share * a + rest * w for a, w in zip(averages, weights, strict=True)]
+    return mixed, count + is_new
 
 
 def _wide(dtype: mx.Dtype) -> mx.Dtype:

@@ -43,23 +43,18 @@ class EMA(WeightAveraging):
 
     def __init__(self, decay: float = 0.999, *, start_step: int = 0, warmup: bool = False) -> None:
         super().__init__()
-        self._decay = number("EMA: decay", decay, 0.0)
-        if self._decay >= 1:
+        self.decay = number("EMA: decay", decay, 0.0)
+        if self.decay >= 1:
             raise ConfigurationError(f"EMA: decay={decay!r}; expected a number below 1.")
         self._start_step = natural("EMA: start_step", start_step)
         self._warms_up = boolean("EMA: warmup", warmup)
-
-    @property
-    def decay(self) -> float:
-        """The share of the average. It is compiled in, and stays as it was given."""
-        return self._decay
 
     def _refresh(self, epoch_is_over: bool) -> None:
         if self.trainer.step > self._start_step:
             self._take()
 
     def _share(self, count: mx.array) -> mx.array:
-        decay: Any = mx.array(self._decay)
+        decay: Any = mx.array(self.decay)
         if self._warms_up:
             decay = mx.minimum(decay, (1.0 + count) / (10.0 + count))
         return mx.where(count == 0, 0.0, decay)

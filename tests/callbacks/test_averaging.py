@@ -62,6 +62,13 @@ def test_the_first_update_copies_the_weights():
     assert averaged(ema) == weight_of(trainer)
 
 
+def test_a_decay_that_a_hook_changes_reaches_the_next_update():
+    trainer, ema = trainer_of(), EMA(0.9)
+    change = Do("on_train_batch_begin", lambda _: setattr(ema, "decay", 0.0), 2)
+    trainer.fit(**ones(), callbacks=[change, ema])
+    assert averaged(ema) == weight_of(trainer)
+
+
 def test_it_agrees_with_torchs_averaged_model(rng):
     trainer, ema = trainer_of(nn.Linear(4, 3)), EMA(0.8)
     seen = weights_after_each_update(trainer, ramp(7), callbacks=[ema])
