@@ -80,7 +80,7 @@ class StepState(ABC):
         is_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._is_async = not is_cpu and exchange is None
         # On the CPU the next batch is made a graph meanwhile, but no second step begins: it would
-        # be no faster, and hold another copy of the state. What may have to be redone is waited for.
+        # be no faster, and hold another copy of the state. What may be redone is waited for.
         self._overlaps = is_cpu and options.on_oom != "split"
 
     @abstractmethod
